@@ -1,0 +1,5 @@
+"""One Megatron-DeepSpeed distribution for every accelerator."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

@@ -1,0 +1,135 @@
+"""Runs a function on several processes that talk over gloo, for tests."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_SECONDS_TO_EXIT = 10.0
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    """Workers are forked from a server that has imported torch once: a worker then starts in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"])
+    return context
+
+
+def _worker(
+    rank: int,
+    world_size: int,
+    port: int,
+    env: dict[str, str],
+    init: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    answer: multiprocessing.connection.Connection,
+) -> None:
+    faulthandler.enable()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        **env,
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        if init:
+            dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        result = function(*args)
+        if dist.is_initialized():
+            dist.barrier()
+        answer.send((True, result))
+    except BaseException:
+        answer.send((False, traceback.format_exc()))
+    # Destructors of process groups may abort the interpreter after all work is done; leave without running them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    answer.close()
+    os._exit(0)
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 180.0,
+    env: dict[str, str] | None = None,
+    init: bool = True,
+) -> list[Any]:
+    """Call `function(*args)` on `world_size` processes and return their results in rank order.
+
+    `function` must be importable (a module-level function). With `init`, the default process group (gloo) exists
+    when it is called; the usual variables (RANK, WORLD_SIZE, ...) are always set.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that failed, or the ranks that did not answer in time.
+    """
+    context = _context()
+    port = free_port()
+    processes: list[BaseProcess] = []
+    answers: list[multiprocessing.connection.Connection] = []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_worker, args=(rank, world_size, port, env or {}, init, function, args, sender), daemon=True
+        )
+        process.start()
+        sender.close()
+        processes.append(process)
+        answers.append(receiver)
+    try:
+        return _collect(answers, processes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.join(_SECONDS_TO_EXIT if process.exitcode is None and not sys.exc_info()[0] else 0)
+            if process.is_alive():
+                process.kill()
+
+
+def _collect(
+    answers: list[multiprocessing.connection.Connection], processes: list[BaseProcess], deadline: float
+) -> list[Any]:
+    """The results of all ranks; the first failure to arrive is raised, whatever its rank."""
+    results: dict[int, Any] = {}
+    while len(results) < len(answers):
+        waiting = [answers[rank] for rank in range(len(answers)) if rank not in results]
+        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = sorted(set(range(len(answers))) - set(results))
+            raise AssertionError(f"ranks {missing} did not answer in time")
+        for connection in ready:
+            rank = answers.index(connection)  # type: ignore[arg-type]
+            try:
+                succeeded, value = answers[rank].recv()
+            except EOFError:
+                processes[rank].join(_SECONDS_TO_EXIT)
+                raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if not succeeded:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(answers))]
