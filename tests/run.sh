@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Usage: bash tests/run.sh [quick|all]. Sets up what it needs, then runs lint, types and tests; `quick` leaves the slow
+# tests out. See tools/environment.py for which Python it takes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null
+case "${1:-all}" in
+  all) selection=() ;;
+  quick) selection=(-m "not slow") ;;
+  *) echo "usage: bash tests/run.sh [quick|all]" >&2; exit 2 ;;
+esac
+python=$(python3 tools/environment.py --extras test,hf,plot)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+echo "== ruff" && "$python" -m ruff check .
+echo "== mypy" && "$python" -m mypy
+echo "== pytest" && "$python" -m pytest --numprocesses=2 --dist=loadfile --durations=15 --durations-min=1 \
+  ${selection[@]+"${selection[@]}"} "${@:2}"
