@@ -1,0 +1,25 @@
+"""Operations with a plain-torch definition and faster implementations per device, chosen once per run."""
+
+from __future__ import annotations
+
+from megatron.ops.registry import (
+    OPERATIONS,
+    Implementation,
+    Ops,
+    UnavailableOpError,
+    build_table,
+    implementations,
+    implements,
+    reference_ops,
+)
+
+__all__ = [
+    "OPERATIONS",
+    "Implementation",
+    "Ops",
+    "UnavailableOpError",
+    "build_table",
+    "implementations",
+    "implements",
+    "reference_ops",
+]

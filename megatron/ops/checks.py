@@ -1,0 +1,162 @@
+"""Argument checks, one function per operation with the operation's own signature.
+
+Vendors' kernels (and torch's shape inference for them) accept wrong shapes and layouts and then compute nonsense, so
+every implementation runs behind these. They look at shapes and types only, never at values: no device is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+def _require(truth: bool, message: str) -> None:
+    if not truth:
+        raise ValueError(message)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+
+
+def _channels(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is not None and tensor.shape != x.shape[-1:]:
+        raise ValueError(f"{name} must be {_shape(x)[-1:]} for x {_shape(x)}, not {_shape(tensor)}")
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+    if len({tuple(shape) for shape in shapes.values()}) > 1:
+        raise ValueError(f"shapes must agree: {shapes}")
+
+
+def _probability(name: str, value: float) -> None:
+    _require(0.0 <= value < 1.0, f"{name} must be at least 0 and below 1, not {value}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    """X [..., h] floating, weight [h]."""
+    _floating(x=x)
+    _channels("weight", weight, x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    """X [..., h] floating, weight and bias [h]."""
+    _floating(x=x)
+    _channels("weight", weight, x)
+    _channels("bias", bias, x)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """X [s, b, n, d] floating, cos and sin [s, b or 1, 1, r] with r even and at most d."""
+    _floating(x=x, cos=cos, sin=sin)
+    _same_shape(cos=cos, sin=sin)
+    _require(x.dim() == 4 and cos.dim() == 4, f"x and cos must have 4 dimensions: x {_shape(x)}, cos {_shape(cos)}")
+    fits = cos.shape[0] == x.shape[0] and cos.shape[1] in (1, x.shape[1]) and cos.shape[2] == 1
+    _require(fits, f"cos must be [s, b or 1, 1, r] for x {_shape(x)}, not {_shape(cos)}")
+    channels = cos.shape[3]
+    _require(
+        channels % 2 == 0 and 0 < channels <= x.shape[3],
+        f"rotated channels must be even and at most {x.shape[3]}, not {channels}",
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    """Q [s, b, n, d], k and v [s, b, g, d] of one type, g divides n; slopes [n], document_ids [b, s]."""
+    _floating(q=q)
+    _require(q.dtype == k.dtype == v.dtype, f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    _require(q.dim() == 4, f"q must be [s, b, n, d], not {_shape(q)}")
+    _same_shape(k=k, v=v)
+    s, b, n, d = q.shape
+    g = k.shape[2] if k.dim() == 4 else 0
+    _require(
+        k.shape == (s, b, g, d) and g > 0 and n % g == 0,
+        f"k and v must be [{s}, {b}, g, {d}] with g dividing {n}, not {_shape(k)}",
+    )
+    if alibi_slopes is not None:
+        _require(alibi_slopes.shape == (n,), f"alibi_slopes must be [{n}], not {_shape(alibi_slopes)}")
+    if document_ids is not None:
+        _require(document_ids.shape == (b, s), f"document_ids must be [{b}, {s}], not {_shape(document_ids)}")
+    _require(window is None or window >= 1, f"window must be at least 1, not {window}")
+    _probability("dropout_p", dropout_p)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> None:
+    """Gate and up [..., f] floating."""
+    _floating(gate=gate, up=up)
+    _same_shape(gate=gate, up=up)
+
+
+def geglu(gate: Tensor, up: Tensor) -> None:
+    """Gate and up [..., f] floating."""
+    swiglu(gate, up)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: Literal["none", "tanh"]) -> None:
+    """X [..., f] floating, bias [f]."""
+    _floating(x=x)
+    _channels("bias", bias, x)
+    _require(approximate in ("none", "tanh"), f'approximate must be "none" or "tanh", not {approximate!r}')
+
+
+def squared_relu(x: Tensor) -> None:
+    """X [...] floating."""
+    _floating(x=x)
+
+
+def relu(x: Tensor) -> None:
+    """X [...] floating."""
+    _floating(x=x)
+
+
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, training: bool) -> None:
+    """X and residual [..., h] floating, bias [h]."""
+    _floating(x=x, residual=residual)
+    _same_shape(x=x, residual=residual)
+    _channels("bias", bias, x)
+    _probability("p", p)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> None:
+    """Logits [..., v] floating, labels [...] int64."""
+    _floating(logits=logits)
+    _require(labels.dtype == torch.int64, f"labels must be int64, not {labels.dtype}")
+    _require(
+        logits.shape[:-1] == labels.shape,
+        f"labels must be {_shape(logits)[:-1]} for logits {_shape(logits)}, not {_shape(labels)}",
+    )
+
+
+def adamw(
+    groups: Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """Rates and eps at least 0, betas in [0, 1)."""
+    _require(lr >= 0.0, f"lr must be at least 0, not {lr}")
+    _require(eps >= 0.0, f"eps must be at least 0, not {eps}")
+    _require(weight_decay >= 0.0, f"weight_decay must be at least 0, not {weight_decay}")
+    for beta in betas:
+        _probability("beta", beta)

@@ -1,0 +1,252 @@
+"""The definition of every operation in plain torch: it runs everywhere and every kernel is measured against it.
+
+Shapes: s=sequence, b=micro-batch, h=hidden, n=query heads, g=kv heads, d=head dim, f=ffn, v=vocabulary.
+Results have the dtype of the first argument unless said otherwise. "Wide" arithmetic is float32 (float64 for float64
+arguments, which makes these functions their own oracle). All raise ValueError for arguments that do not fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.ops import checks
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """X / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
+
+    Args:
+        x: [..., h].
+        weight: [h].
+        eps: added to the mean square.
+
+    Returns:
+        [..., h] in x's dtype; all arithmetic, the product with weight included, is wide.
+    """
+    checks.rms_norm(x, weight, eps)
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (normed * weight).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016).
+
+    Args:
+        x: [..., h].
+        weight: [h].
+        bias: [h] or None for no shift.
+        eps: added to the (biased) variance.
+
+    Returns:
+        [..., h] in x's dtype; all arithmetic is wide.
+    """
+    checks.layer_norm(x, weight, bias, eps)
+    wide = _wide(x)
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    result = centred * torch.rsqrt(centred.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+    return (result if bias is None else result + bias).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary position embedding (Su et al. 2021): rotates pairs of channels by an angle that grows with the position.
+
+    A pair (x0, x1) with angle t becomes (x0 cos t - x1 sin t, x1 cos t + x0 sin t). Pairs are channels (j, j + r/2),
+    or (2j, 2j + 1) when interleaved. Channels from r on pass through.
+
+    Args:
+        x: [s, b, n, d].
+        cos: [s, b or 1, 1, r] float32 or x's dtype; entry j belongs to channel j, so both channels of a pair hold the
+            same number: [t0, t1, ..., t0, t1, ...], or [t0, t0, t1, t1, ...] when interleaved.
+        sin: like cos.
+        interleaved: which channels form a pair.
+
+    Returns:
+        [s, b, n, d] in x's dtype; arithmetic in the wider of x's and cos's dtype.
+    """
+    checks.rotary(x, cos, sin, interleaved)
+    rotated_channels = cos.shape[-1]
+    head, rest = x[..., :rotated_channels], x[..., rotated_channels:]
+    if interleaved:
+        turned = torch.stack((-head[..., 1::2], head[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = head.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    return torch.cat(((head * cos + turned * sin).to(x.dtype), rest), dim=-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Causal attention: softmax(scale q k^T + bias) v per head (Vaswani et al. 2017), with explicit scores.
+
+    Query i sees key j if j <= i, and (with a window) i - j < window, and (with documents) both are in one document.
+    Query head i uses key/value head i // (n / g) (Ainslie et al. 2023).
+
+    Args:
+        q: [s, b, n, d].
+        k: [s, b, g, d], g divides n.
+        v: [s, b, g, d].
+        scale: factor on q k^T, usually d ** -0.5.
+        alibi_slopes: [n] float; head i adds slope i times the key position to its scores (Press et al. 2022).
+        document_ids: [b, s] integers; tokens of different documents do not see each other.
+        window: number of most recent positions a query sees, itself included; None for all.
+        dropout_p: probability with which an attention weight is dropped; draws from the device's default generator.
+
+    Returns:
+        [s, b, n, d] in q's dtype; all arithmetic is wide.
+    """
+    checks.attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        document_ids=document_ids,
+        window=window,
+        dropout_p=dropout_p,
+    )
+    queries_per_key = q.shape[2] // k.shape[2]
+    queries = _wide(q).permute(1, 2, 0, 3)
+    keys = _wide(k).permute(1, 2, 0, 3).repeat_interleave(queries_per_key, dim=1)
+    values = _wide(v).permute(1, 2, 0, 3).repeat_interleave(queries_per_key, dim=1)
+    scores = queries @ keys.transpose(-1, -2) * scale
+    if alibi_slopes is not None:
+        positions = torch.arange(q.shape[0], device=q.device, dtype=scores.dtype)
+        scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * positions
+    visible = visible_keys(q.shape[0], q.device, document_ids=document_ids, window=window)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    weights = F.dropout(weights, dropout_p)
+    return (weights @ values).permute(2, 0, 1, 3).contiguous().to(q.dtype)
+
+
+def visible_keys(
+    length: int, device: torch.device, *, document_ids: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Which keys a query sees under the rules of `attention`.
+
+    Returns:
+        bool [s, s], rows are queries; with document_ids [b, s]: [b, 1, s, s].
+    """
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    if document_ids is not None:
+        visible = visible & (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+    return visible
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020). Arguments and result [..., f]; arithmetic wide, result in gate's dtype."""
+    checks.swiglu(gate, up)
+    return (F.silu(_wide(gate)) * up).to(gate.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up with the exact gelu (Shazeer 2020). [..., f]; arithmetic wide, result in gate's dtype."""
+    checks.geglu(gate, up)
+    return (F.gelu(_wide(gate)) * up).to(gate.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: Literal["none", "tanh"]) -> Tensor:
+    """gelu(x + bias) (Hendrycks and Gimpel 2016).
+
+    Args:
+        x: [..., f].
+        bias: [f] or None.
+        approximate: "none" for the exact x Phi(x), "tanh" for its approximation.
+
+    Returns:
+        [..., f] in x's dtype; arithmetic is wide.
+    """
+    checks.bias_gelu(x, bias, approximate)
+    shifted = _wide(x) if bias is None else _wide(x) + bias
+    return F.gelu(shifted, approximate=approximate).to(x.dtype)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021). Argument and result [...]."""
+    checks.squared_relu(x)
+    return F.relu(x).square()
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0). Argument and result [...]."""
+    checks.relu(x)
+    return F.relu(x)
+
+
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, training: bool) -> Tensor:
+    """Residual + dropout(x + bias): the end of every residual branch.
+
+    Args:
+        x: [..., h].
+        bias: [h] or None.
+        residual: [..., h]; may be wider than x.
+        p: probability with which an element is dropped; draws from the device's default generator.
+        training: without it nothing is dropped.
+
+    Returns:
+        [..., h] in residual's dtype.
+    """
+    checks.bias_dropout_add(x, bias, residual, p, training)
+    shifted = x if bias is None else x + bias
+    return (residual + F.dropout(shifted, p, training)).to(residual.dtype)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-token loss: log(sum(exp(logits))) - logits[label], over the whole vocabulary.
+
+    Args:
+        logits: [..., v], any floating dtype.
+        labels: [...] int64, each in [0, v).
+
+    Returns:
+        [...] float32 (float64 for float64 logits).
+    """
+    checks.cross_entropy(logits, labels)
+    wide = _wide(logits)
+    return wide.logsumexp(dim=-1) - wide.gather(-1, labels[..., None]).squeeze(-1)
+
+
+def adamw(
+    groups: Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """An AdamW optimizer (Loshchilov and Hutter 2019) that updates one parameter at a time.
+
+    Args:
+        groups: `{"params": [...], ...}` as torch.optim takes them; a group's own settings win over those below.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, times lr.
+
+    Returns:
+        A torch.optim.Optimizer with state `exp_avg`, `exp_avg_sq` and `step` per parameter.
+    """
+    checks.adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False, fused=False)
