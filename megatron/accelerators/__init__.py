@@ -60,7 +60,8 @@ def select(name: str) -> Accelerator:
 def deepspeed_environment(accelerator: Accelerator, env: Mapping[str, str]) -> dict[str, str]:
     """Variables DeepSpeed must find before its first import, so that it uses the device chosen here.
 
-    `LOCAL_SIZE` is set by DeepSpeed's own launcher only; without it, its shared-memory collectives crash under torchrun.
+    `LOCAL_SIZE` is set by DeepSpeed's own launcher only; without it, its shared-memory collectives crash under
+    torchrun.
 
     Args:
         accelerator: the device of this run.

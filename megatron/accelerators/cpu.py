@@ -28,14 +28,17 @@ class Cpu:
     collective_backend: str = "gloo"
     deepspeed_name: str | None = "cpu"
     ops_module: str = "megatron.ops.cpu"
-    capabilities: Capabilities = Capabilities(
-        dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}), async_collectives=False
-    )
     environment: tuple[EnvVar, ...] = (
         EnvVar(
             "TORCH_DEVICE_BACKEND_AUTOLOAD", "0", "an installed vendor package without its driver breaks `import torch`"
         ),
     )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Every dtype works (float16 slowly); gloo's work shares the cores with the computation."""
+        dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+        return Capabilities(dtypes=dtypes, async_collectives=False)
 
     def unavailable_reason(self) -> str:
         """A CPU is always there."""

@@ -175,7 +175,7 @@ def build_table(accelerator: Accelerator, asked: Mapping[str, str]) -> tuple[Ops
 
 def _best(candidates: Sequence[Implementation]) -> tuple[Implementation, str]:
     """The first available one, and why better ones were passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in candidates:
         reason = candidate.why_unavailable()
         if not reason:
