@@ -1,0 +1,32 @@
+"""Settings of saving and loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.schema import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where a run is saved and where it continues from."""
+
+    save: str | None = option(None, "Directory that checkpoints are written to.")
+    save_interval: int | None = option(
+        None, "Time between checkpoints, in iterations.", aliases=("--persistent-save-interval",), minimum=1
+    )
+    save_retain_interval: int | None = option(
+        None, "Of old checkpoints keep those at multiples of this number of iterations.", minimum=1
+    )
+    keep_last: int | None = option(None, "Number of newest checkpoints to keep. Default: all.", minimum=1)
+    no_save_optim: bool | None = option(None, "Save no optimizer state.")
+    no_save_rng: bool | None = option(None, "Save no random states.")
+    load: str | None = option(None, "Directory that a checkpoint is read from.")
+    load_tag: str | None = option(None, "Name of the checkpoint in the directory of --load. Default: the latest.")
+    ckpt_step: int | None = option(None, "Iteration whose checkpoint is loaded. Default: the latest.", minimum=0)
+    no_load_optim: bool | None = option(None, "Do not load optimizer state.")
+    no_load_rng: bool | None = option(None, "Do not load random states.")
+    no_load_lr_state: bool = option(False, "Do not load the position in the learning-rate schedule.")
+    finetune: bool = option(False, "Load weights alone and begin at iteration 0.")
+    use_checkpoint_args: bool = option(False, "Take the architecture and the tokenizer from the checkpoint.")
+    exit_on_missing_checkpoint: bool = option(False, "Stop when --load holds no checkpoint instead of starting anew.")

@@ -1,0 +1,39 @@
+"""Settings of the training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.schema import option, resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from, and how samples are cut from them."""
+
+    data_path: tuple[str, ...] | None = option(
+        None, "Prefixes of .bin/.idx pairs: one, or weight prefix weight prefix ...; split by --split.", many="*"
+    )
+    train_data_path: tuple[str, ...] | None = option(None, "As --data-path, for training alone.", many="*")
+    valid_data_path: tuple[str, ...] | None = option(None, "As --data-path, for validation alone.", many="*")
+    test_data_path: tuple[str, ...] | None = option(None, "As --data-path, for testing alone.", many="*")
+    data_args_path: str | None = option(None, "File whose words are the value of --data-path.")
+    per_split_data_args_path: str | None = option(
+        None, "JSON file with the lists train, valid and test: the values of the three --*-data-path."
+    )
+    mock_data: bool = option(False, "Train on made-up token sequences; no data files needed.")
+    split: str = option("969, 30, 1", "Proportions of training, validation and test documents.")
+    data_cache_path: str | None = option(None, "Directory for index files. Default: beside the data.")
+    seq_length: int = resolved("Length of a sample, in tokens.", minimum=1)
+    dataloader_type: Literal["single", "cyclic"] = resolved(
+        "single: one pass in a fixed order; cyclic: shuffled passes. Default: single."
+    )
+    num_workers: int = option(2, "Processes per rank that load data; 0 loads in the training process.", minimum=0)
+    reset_position_ids: bool = option(False, "Positions start again after an end-of-document token.")
+    reset_attention_mask: bool = option(False, "Attention does not cross an end-of-document token.")
+    dataloader_inter_document_masking: bool = option(False, "Same as --reset-attention-mask.")
+    eod_mask_loss: bool = option(False, "No loss for end-of-document tokens.")
+    train_data_exact_num_epochs: int | None = option(
+        None, "Build the training samples from exactly this number of epochs.", minimum=1
+    )

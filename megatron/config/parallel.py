@@ -1,0 +1,57 @@
+"""Settings of the layout: how ranks share the model and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.schema import derived, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout. `world_size` and `local_rank` come from the environment of the launcher."""
+
+    world_size: int = derived()  # ranks
+    local_rank: int = option(
+        0, "Number of this rank on its node, in ranks. Default: LOCAL_RANK.", "--local-rank", aliases=("--local_rank",)
+    )
+    data_parallel_size: int = derived()  # ranks
+
+    tensor_model_parallel_size: int = option(1, "Ranks that share every layer (tensor parallelism).", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "Ranks that share the layers among them (pipeline).", minimum=1)
+    context_parallel_size: int = option(1, "Ranks that share every sequence (context parallelism).", minimum=1)
+    ds_sequence_parallel_size: int = option(1, "Ranks that share every sequence by heads (Ulysses).", minimum=1)
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "Interleaved pipeline: layers in one virtual stage.", minimum=1
+    )
+    no_pipeline_parallel: bool = option(False, "Refuse a pipeline of more than one stage.")
+    sequence_parallel: bool = option(
+        False, "Share norms and dropout among the tensor-parallel ranks along the sequence."
+    )
+
+    zero_stage: int = option(
+        1,
+        "ZeRO stage: 0 replicates, 1 shards the optimizer, 2 the gradients too, 3 the parameters too. Without the flag "
+        "the native engine uses stage 0, or 1 with --use-distributed-optimizer.",
+        choices=(0, 1, 2, 3),
+    )
+    zero_stage_native: int = derived()
+    use_distributed_optimizer: bool = option(False, "Native engine: shard optimizer state over data-parallel ranks.")
+    use_torch_fsdp2: bool = option(False, "Native engine: same as --zero-stage 3.")
+    overlap_grad_reduce: bool = option(
+        False, "Reduce gradients while the backward pass runs; always so where possible."
+    )
+    overlap_param_gather: bool = option(
+        False, "Gather parameters while the forward pass runs; always so where possible."
+    )
+    num_distributed_optimizer_instances: int = option(
+        1, "Copies of the sharded optimizer (hybrid sharding): groups of ranks.", minimum=1
+    )
+
+    distributed_backend: Literal["nccl", "gloo", "ccl", "hccl", "neuron", "xla"] | None = option(
+        "nccl", "Collective library. Without the flag: that of the device."
+    )
+    distributed_timeout_minutes: int = option(
+        10, "Give up a collective operation after this time, in minutes.", minimum=1
+    )

@@ -1,0 +1,28 @@
+"""Settings of number formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.schema import derived, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Formats of parameters and gradients, and the loss scale of float16."""
+
+    params_dtype: Literal["float32", "float16", "bfloat16"] = derived()
+    fp16: bool = option(False, "Compute in float16, with a loss scale.")
+    bf16: bool = option(False, "Compute in bfloat16.")
+    accumulate_allreduce_grads_in_fp32: bool = option(
+        False, "Sum gradients in float32; always so with bfloat16 unless --grad-reduce-in-bf16."
+    )
+    grad_reduce_in_bf16: bool = option(False, "Sum gradients over data-parallel ranks in bfloat16.")
+    loss_scale: float | None = option(None, "Fixed factor of the loss. Default: a factor that adapts.", minimum=0)
+    initial_loss_scale: float = option(2.0**32, "First value of the adapting loss factor.", minimum=1)
+    min_loss_scale: float = option(1.0, "Lowest value of the adapting loss factor.", minimum=0)
+    loss_scale_window: float = option(
+        1000, "Iterations without overflow after which the loss factor doubles.", minimum=1
+    )
+    hysteresis: int = option(2, "Iterations with overflow after which the loss factor halves.", minimum=1)

@@ -1,0 +1,48 @@
+"""Settings of the tokenizer and the size of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.schema import option, resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which tokenizer made the data, and how many tokens it knows."""
+
+    tokenizer_type: Literal[
+        "BertWordPieceLowerCase",
+        "BertWordPieceCase",
+        "GPT2BPETokenizer",
+        "SentencePieceTokenizer",
+        "GPTSentencePieceTokenizer",
+        "HFTokenizer",
+        "NullTokenizer",
+        "HuggingFaceTokenizer",
+        "PretrainedFromHF",
+        "Llama2Tokenizer",
+        "Llama3Tokenizer",
+        "TikTokenizer",
+    ] = resolved("Kind of tokenizer. Default: GPT2BPETokenizer; NullTokenizer with --mock-data.")
+    tokenizer_model: str | None = option(
+        None,
+        "File of a sentencepiece, tiktoken or tokenizers model, or directory or name of a Hugging Face tokenizer.",
+        aliases=("--tokenizer-name-or-path",),
+    )
+    vocab_file: str | None = option(None, "Vocabulary of a GPT-2 tokenizer (vocab.json).")
+    merge_file: str | None = option(None, "Merges of a GPT-2 tokenizer (merges.txt).")
+    vocab_size: int | None = option(None, "Tokens of a NullTokenizer, before its end-of-document token.", minimum=1)
+    padded_vocab_size: int | None = option(
+        None, "Rows of the embedding, instead of those computed from the number of tokens.", minimum=1
+    )
+    pad_vocab_size: bool = option(
+        True,
+        "The embedding has exactly as many rows as the tokenizer has tokens.",
+        "--no-pad-vocab-size",
+        aliases=("--disable-pad-vocab-size",),
+    )
+    trust_remote_code: bool = option(False, "Let a Hugging Face tokenizer run code from its own directory.")
+    tiktoken_pattern: Literal["v1", "v2"] | None = option(None, "How a tiktoken tokenizer splits text into words.")
+    tiktoken_num_special_tokens: int = option(1000, "Special tokens of a tiktoken tokenizer.", minimum=0)

@@ -1,0 +1,64 @@
+"""Settings of the training loop: batches, length of the run, evaluation, ways to stop, recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.schema import option, resolved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop. `train_iters` is always known, whatever unit the length of the run was given in."""
+
+    micro_batch_size: int = resolved("Samples that one rank computes at once.", minimum=1)
+    global_batch_size: int = resolved(
+        "Samples of one step, over all ranks. Default: micro-batch size times data-parallel size.", minimum=1
+    )
+    rampup_batch_size: tuple[int, ...] | None = option(
+        None, "Growing batch: first size, increment and number of samples over which it grows, in samples.", many="*"
+    )
+    eval_micro_batch_size: int = resolved(
+        "Samples that one rank evaluates at once. Default: --micro-batch-size.", minimum=1
+    )
+    train_iters: int = resolved("Length of the run, in iterations.", minimum=0)
+    train_samples: int | None = option(None, "Length of the run, in samples, instead of iterations.", minimum=1)
+    train_tokens: int | None = option(
+        None, "Stop after this number of tokens, alone or beside the other two.", minimum=1
+    )
+    iterations_to_skip: tuple[int, ...] = option(
+        (), "Iterations, counted from 1, whose data is read but not trained on."
+    )
+    seed: int = option(1234, "Seed (a number without unit) of initial weights, data order and dropout.", minimum=0)
+
+    eval_iters: int = option(100, "Length of an evaluation, in iterations; -1 is the whole set.", minimum=-1)
+    eval_interval: int = option(1000, "Time between evaluations, in iterations.", minimum=1)
+    full_validation: bool = option(False, "Same as --eval-iters -1.")
+    skip_train: bool = option(False, "Only evaluate.", aliases=("--eval-only",))
+    exit_interval: int | None = option(
+        None, "Stop when the iteration is a multiple of this number of iterations.", minimum=1
+    )
+    exit_duration_in_mins: int | None = option(None, "Save and stop after this time, in minutes.", minimum=1)
+    exit_signal_handler: bool = option(False, "Save and stop when the signal arrives.")
+    exit_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"] = option(
+        "SIGTERM", "Signal of --exit-signal-handler."
+    )
+    kill_switch_file: str | None = option(
+        None, "Save and stop when this file appears.", aliases=("--kill-switch-path",)
+    )
+    manual_gc: bool = option(False, "Collect Python garbage at fixed iterations instead of at any moment.")
+    manual_gc_interval: int = option(
+        0, "Iterations between garbage collections; 0 collects only around evaluations.", minimum=0
+    )
+
+    recompute_granularity: Literal["full", "selective"] | None = option(
+        None, "What is recomputed in the backward pass: whole layers, or attention alone."
+    )
+    recompute_method: Literal["uniform", "block"] | None = option(
+        None, "With full: every group of layers, or the first layers of each stage one by one."
+    )
+    recompute_num_layers: int = option(1, "Layers in a group (uniform), or layers recomputed (block).", minimum=1)
+    recompute_activations: bool = option(False, "Same as --recompute-granularity selective.")
+    checkpoint_activations: bool = option(False, "Same as --recompute-granularity full --recompute-method uniform.")
+    checkpoint_num_layers: int = option(1, "Layers in a group of --checkpoint-activations.", minimum=1)
