@@ -1,0 +1,1 @@
+"""From environment variables and flags to the one command that starts a run."""

@@ -1,0 +1,106 @@
+"""The command that starts a run: pure functions from settings to an argument list.
+
+torchrun starts the processes of one node whichever program reaches the nodes, so a trainer only ever reads
+RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR/MASTER_PORT. Only DeepSpeed's launcher, which sets the same variables,
+starts them itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to start, and where."""
+
+    script: tuple[str, ...]
+    """The trainer and its flags."""
+    processes: int
+    """Processes on each node."""
+    exports: Mapping[str, str]
+    """Variables every process must have besides the environment the launcher runs in."""
+    nodes: int = 1
+    node_rank: int = 0
+    master_addr: str = ""
+    """Address of the first node; empty on a single node."""
+    master_port: int | None = None
+    hosts: tuple[str, ...] = ()
+    """Names of the nodes, where a hostfile gave them."""
+    hostfile: str = ""
+    job_id: str = "megatron"
+    """Distinguishes rendezvous of different jobs."""
+
+    @property
+    def port(self) -> int:
+        """The port of the first node that the processes meet at."""
+        return DEFAULT_PORT if self.master_port is None else self.master_port
+
+
+def torchrun(job: Job) -> list[str]:
+    """One torchrun on this node. On several nodes the same command runs on each, with its own node rank."""
+    if job.nodes == 1 and job.master_port is None:
+        where = ["--standalone"]
+    else:
+        address = job.master_addr or "127.0.0.1"
+        where = ["--nnodes", str(job.nodes), "--node-rank", str(job.node_rank)]
+        where += ["--master-addr", address, "--master-port", str(job.port)]
+    return _torchrun(job, where)
+
+
+def deepspeed(job: Job) -> list[str]:
+    """DeepSpeed's launcher: reaches the nodes of a hostfile over ssh by itself."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if job.hostfile:
+        command += ["--hostfile", job.hostfile]
+    command += ["--num_nodes", str(job.nodes), "--num_gpus", str(job.processes), "--master_port", str(job.port)]
+    if job.master_addr:
+        command += ["--master_addr", job.master_addr]
+    if job.nodes == 1:
+        return [*command, "--no_local_rank", *job.script]
+    # The launcher hands on only variables with certain prefixes to other nodes.
+    variables = [f"{name}={value}" for name, value in job.exports.items()]
+    return [*command, "--no_local_rank", "--no_python", "env", *variables, sys.executable, *job.script]
+
+
+def srun(job: Job) -> list[str]:
+    """One torchrun per Slurm node; they find each other at the first node."""
+    count = str(job.nodes)
+    command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    return [*command, *_torchrun(job, _rendezvous(job))]
+
+
+def mpirun(job: Job) -> list[str]:
+    """One torchrun per MPI node; they find each other at the first node."""
+    command = ["mpirun", "-np", str(job.nodes), "--map-by", "ppr:1:node", "--bind-to", "none"]
+    if job.hosts:
+        command += ["--host", ",".join(job.hosts)]
+    for name in job.exports:
+        command += ["-x", name]
+    return [*command, *_torchrun(job, _rendezvous(job))]
+
+
+def _rendezvous(job: Job) -> list[str]:
+    if job.nodes == 1:
+        return ["--standalone"]
+    endpoint = f"{job.master_addr}:{job.port}"
+    return ["--nnodes", str(job.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job.job_id]
+
+
+def _torchrun(job: Job, where: list[str]) -> list[str]:
+    # Without `--`, torchrun takes flags of the trainer for abbreviations of its own.
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.processes)]
+    return [*command, "--", *job.script]
+
+
+BUILDERS: Mapping[str, Callable[[Job], list[str]]] = {
+    "torchrun": torchrun,
+    "deepspeed": deepspeed,
+    "srun": srun,
+    "mpirun": mpirun,
+}
+"""Launcher -> its command; the order is the order of the help text."""

@@ -1,0 +1,186 @@
+"""Environment variables of launch scripts as data: each row says which flags a variable stands for.
+
+A family of variables is one table. The plain family has names without a prefix (``TP=2 LR=3e-4``); a family that
+shares a prefix can also be policed: a variable that has the prefix but no row is an error naming the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable."""
+
+    name: str
+    flags: Callable[[str], tuple[str, ...]]
+    """Value -> flags of the trainer or the launcher. Raises ValueError with what is allowed."""
+    decides: frozenset[str]
+    """Flags that this variable decides: given on the command line, any of them overrides the whole variable."""
+    help: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """The variables that one kind of launch script is driven by."""
+
+    prefix: str
+    """What all names start with; empty for the plain family, whose names cannot be told from other programs'."""
+    variables: tuple[Variable, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One variable that was set, and what became of it."""
+
+    name: str
+    value: str
+    flags: tuple[str, ...]
+    """Empty when the command line overrides it."""
+    overridden: bool
+
+
+def value(name: str, flag: str, help: str) -> Variable:
+    """A variable whose value follows `flag`."""
+    return Variable(name, lambda text: (flag, text), frozenset({flag}), help)
+
+
+def words(name: str, flag: str, help: str, *, also_decides: Sequence[str] = ()) -> Variable:
+    """A variable whose value is split like a shell does, for flags that take several values."""
+    return Variable(name, lambda text: (flag, *shlex.split(text)), frozenset({flag, *also_decides}), help)
+
+
+def choice(name: str, options: Mapping[str, tuple[str, ...]], help: str) -> Variable:
+    """A variable with a closed set of values, each standing for some flags."""
+
+    def flags(text: str) -> tuple[str, ...]:
+        if text not in options:
+            raise ValueError(f"is none of {', '.join(options)}")
+        return options[text]
+
+    decides = frozenset(flag for option in options.values() for flag in option if flag.startswith("--"))
+    return Variable(name, flags, decides, help)
+
+
+def switch(name: str, flag: str, help: str) -> Variable:
+    """A variable that turns `flag` on with 1 and leaves it out with 0."""
+    return choice(name, {"1": (flag,), "0": ()}, help)
+
+
+def _output_flags(folder: str) -> tuple[str, ...]:
+    base = folder.rstrip("/")
+    return (
+        *("--save", f"{base}/checkpoints", "--load", f"{base}/checkpoints"),
+        *("--tensorboard-dir", f"{base}/tensorboard", "--data-cache-path", f"{base}/cache"),
+    )
+
+
+PLAIN = Family(
+    prefix="",
+    variables=(
+        value("PRESET", "--preset", "published model, for instance llama3.1-8b"),
+        value("DEVICE", "--device", "device to run on: auto, cuda, cpu, ..."),
+        choice("ENGINE", {"native": (), "deepspeed": ("--deepspeed",)}, "training engine"),
+        choice("PRECISION", {"fp32": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}, "number format of the computation"),
+        value("ZERO_STAGE", "--zero-stage", "what is sharded over the data-parallel ranks: 0 to 3"),
+        value("TP", "--tensor-model-parallel-size", "ranks that share each layer"),
+        value("PP", "--pipeline-model-parallel-size", "pipeline stages"),
+        value("CP", "--context-parallel-size", "ranks that share each sequence"),
+        value("DP", "--data-parallel-size", "copies of the model; sets the number of processes"),
+        switch("SEQUENCE_PARALLEL", "--sequence-parallel", "shard activations between layers over the TP ranks"),
+        words(
+            *("DATA_PATH", "--data-path", "prefix of .bin/.idx, or weight and prefix by turns"),
+            also_decides=("--train-data-path", "--valid-data-path", "--test-data-path"),
+        ),
+        value("DATA_CACHE", "--data-cache-path", "folder for the sample indices"),
+        value("SPLIT", "--split", "shares of training, validation and test: 969,30,1"),
+        value("TOKENIZER_TYPE", "--tokenizer-type", "Megatron's name of the tokenizer"),
+        value("TOKENIZER_MODEL", "--tokenizer-model", "file or folder of the tokenizer"),
+        value("MICRO_BATCH", "--micro-batch-size", "samples per device at once"),
+        value("GLOBAL_BATCH", "--global-batch-size", "samples per step over all devices"),
+        value("SEQ_LENGTH", "--seq-length", "tokens per sample"),
+        value("TRAIN_ITERS", "--train-iters", "steps"),
+        value("LR", "--lr", "peak learning rate"),
+        value("MIN_LR", "--min-lr", "learning rate at the end of the decay"),
+        value("LR_WARMUP_ITERS", "--lr-warmup-iters", "steps over which the learning rate rises"),
+        value("EVAL_INTERVAL", "--eval-interval", "steps between evaluations"),
+        value("EVAL_ITERS", "--eval-iters", "batches per evaluation"),
+        value("LOG_INTERVAL", "--log-interval", "steps between log lines"),
+        value("SAVE_INTERVAL", "--save-interval", "steps between checkpoints"),
+        Variable(
+            "OUTPUT_DIR",
+            _output_flags,
+            frozenset(),
+            "folder for checkpoints (saved to and resumed from), TensorBoard files and sample indices",
+        ),
+        value("SAVE", "--save", "folder to save checkpoints in"),
+        value("LOAD", "--load", "folder to resume from"),
+        value("TENSORBOARD_DIR", "--tensorboard-dir", "folder for TensorBoard files"),
+        value("SEED", "--seed", "seed of the initial weights, the sample order and the dropout"),
+        choice(
+            "LAUNCHER",
+            {name: ("--launcher", name) for name in ("torchrun", "deepspeed", "srun", "mpirun")},
+            "program that starts the processes",
+        ),
+        value("SCRIPT", "--script", "program to start; pretrain_gpt.py unless given"),
+        value("NPROC", "--nproc-per-node", "processes on each node"),
+        value("NUM_GPUS", "--nproc-per-node", "the same, said for accelerators"),
+        value("NUM_NODES", "--num-nodes", "machines"),
+        value("NODE_RANK", "--node-rank", "number of this machine, from 0"),
+        value("HOSTFILE", "--hostfile", "file of `host slots=8` lines"),
+        value("MASTER_ADDR", "--master-addr", "address of the first machine"),
+        value("MASTER_PORT", "--master-port", "free port of the first machine"),
+    ),
+)
+
+
+def flags_of(argv: Sequence[str]) -> frozenset[str]:
+    """The flags that occur in `argv`, without values given as `--flag=value`."""
+    return frozenset(word.partition("=")[0] for word in argv if word.startswith("--"))
+
+
+def read(family: Family, env: Mapping[str, str], argv: Sequence[str]) -> tuple[Reading, ...]:
+    """The variables of `family` that are set in `env`, in table order; an empty value counts as not set.
+
+    Args:
+        family: the table.
+        env: the environment.
+        argv: the command line, whose flags override variables.
+
+    Raises:
+        ValueError: a name of a prefixed family is unknown, or a value is not allowed; all of them in one message.
+    """
+    given = flags_of(argv)
+    problems = list(_unknown_names(family, env))
+    readings = []
+    for variable in family.variables:
+        text = env.get(variable.name, "")
+        if not text:
+            continue
+        overridden = bool(variable.decides & given)
+        try:
+            flags = () if overridden else variable.flags(text)
+        except ValueError as problem:
+            problems.append(f"{variable.name}={text} {problem}")
+            continue
+        readings.append(Reading(variable.name, text, flags, overridden))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(readings)
+
+
+def _unknown_names(family: Family, env: Mapping[str, str]) -> list[str]:
+    """One sentence for each set variable that has the prefix of `family` but no row in it."""
+    if not family.prefix:
+        return []
+    known = {variable.name for variable in family.variables}
+    sentences = []
+    for name in sorted(env):
+        if name.startswith(family.prefix) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            sentences.append(f"{name}: no such setting" + (f"; the nearest is {near[0]}" if near else ""))
+    return sentences

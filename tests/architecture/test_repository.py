@@ -1,0 +1,77 @@
+"""The repository keeps its house rules; checks.py holds what they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.architecture import checks
+from tests.architecture.checks import Source
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT_SUFFIXES = {"", ".cfg", ".cpp", ".diff", ".h", ".ini", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}
+_IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+import megatron
+for module in pkgutil.walk_packages(megatron.__path__, "megatron."):
+    importlib.import_module(module.name)
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def _files() -> list[str]:
+    """Files under version control and new ones that are not ignored."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted(name for name in set(listed) if (ROOT / name).is_file())
+
+
+def _sources(prefix: str = "") -> list[Source]:
+    names = [name for name in _files() if name.startswith(prefix) and name.endswith(".py")]
+    return [Source(name, (ROOT / name).read_text(encoding="utf-8")) for name in names]
+
+
+def _report(violations: Iterable[str]) -> str:
+    """One violation per line: pytest then shows all of them."""
+    return "\n".join(violations)
+
+
+def test_the_repository_has_files_to_check():
+    assert len(_sources("megatron/")) > 10
+
+
+@pytest.mark.parametrize("check", checks.FILE_CHECKS, ids=lambda check: check.__name__)
+def test_house_rule(check):
+    assert _report(violation for source in _sources() for violation in check(source)) == ""
+
+
+def test_nothing_private_is_mentioned():
+    texts = [name for name in _files() if Path(name).suffix in TEXT_SUFFIXES]
+    sources = [Source(name, (ROOT / name).read_text(encoding="utf-8", errors="replace")) for name in texts]
+    assert _report(violation for source in sources for violation in checks.private_paths(source)) == ""
+
+
+def test_importing_everything_loads_no_optional_package():
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT_EVERYTHING], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    loaded_by_torch = {"triton"}  # wherever it is installed
+    assert set(done.stdout.split()) & set(checks.VENDOR_PACKAGES) <= loaded_by_torch
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "transformers"])
+def test_packages_that_must_not_load_are_installed(name):
+    assert importlib.util.find_spec(name) is not None, "without it the test above shows nothing"
+
+
+def test_every_setting_is_read():
+    sections = [s for s in _sources("megatron/config/") if Path(s.path).name not in ("architecture.py", "schema.py")]
+    definitions = {source.path for source in sections} - {"megatron/config/run.py", "megatron/config/deepspeed.py"}
+    readers = [s for s in _sources() if s.path not in definitions and not s.path.startswith("tests/")]
+    assert _report(checks.unread_fields(sections, readers)) == ""
