@@ -1,0 +1,1 @@
+"""The models: one decoder-only transformer of plain parts, computing on local tensors."""

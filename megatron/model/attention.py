@@ -1,0 +1,76 @@
+"""Self-attention, heads split over the tensor-parallel ranks.
+
+Legend: s=sequence, b=micro-batch, h=hidden, n=query heads, g=kv heads, d=head dim, t=tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.model.inputs import LayerInputs
+from megatron.model.norm import Norm
+from megatron.model.setting import Setting
+from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, column_linears
+from megatron.mpu.random import dropout_seed, seed_device
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped kv heads (n = g: multi-head, g = 1: multi-query).
+
+    Args:
+        layer: global layer number, from 0.
+        setting: of the model.
+    """
+
+    def __init__(self, layer: int, setting: Setting) -> None:
+        super().__init__()
+        arch = setting.arch
+        self._layer, self._setting = layer, setting
+        query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        bias = arch.linear_bias or arch.qkv_bias
+        self.query = ColumnParallelLinear(arch.hidden_size, query, bias=bias, **setting.linear())
+        self.key = ColumnParallelLinear(arch.hidden_size, key, bias=bias, **setting.linear())
+        self.value = ColumnParallelLinear(arch.hidden_size, key, bias=bias, **setting.linear())
+        # Each rank normalises its own heads only.
+        self.query_norm = Norm(arch.head_dim, setting, bias=False, partial_grad=True) if arch.qk_norm else None
+        self.key_norm = Norm(arch.head_dim, setting, bias=False, partial_grad=True) if arch.qk_norm else None
+        self.output = RowParallelLinear(query, arch.hidden_size, bias=arch.linear_bias, **setting.linear())
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] (or [s/t, b, h]) -> the same, and the output bias [h] (or None), not yet added."""
+        setting = self._setting
+        projected = column_linears(x, (self.query, self.key, self.value))
+        q, k, v = (y.unflatten(-1, (-1, setting.arch.head_dim)) for y in projected)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if inputs.cos is not None and inputs.sin is not None:
+            interleaved = setting.arch.rope_interleaved
+            q = setting.ops.rotary(q, inputs.cos, inputs.sin, interleaved)
+            k = setting.ops.rotary(k, inputs.cos, inputs.sin, interleaved)
+        if setting.recompute.granularity == "selective" and self.training:
+            mixed = checkpoint(self._core, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self._core(q, k, v, inputs)
+        return self.output(mixed.flatten(2))
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, inputs: LayerInputs) -> Tensor:
+        """Q [s, b, n/t, d], k and v [s, b, g/t, d] -> [s, b, n/t, d]."""
+        arch, groups = self._setting.arch, self._setting.groups
+        scale = arch.head_dim**-0.5
+        if arch.qk_layer_scaling:
+            # Smaller products for float16, made up for inside the kernel, which computes scores in float32.
+            q, scale = q / (self._layer + 1), scale * (self._layer + 1)
+        dropout = arch.attention_dropout if self.training else 0.0
+        if dropout > 0.0:
+            seed_device(q.device, dropout_seed(inputs.dropout_seed, self._layer, "attention", groups, split=True))
+        return self._setting.ops.attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            alibi_slopes=inputs.alibi_slopes,
+            document_ids=inputs.document_ids,
+            window=arch.sliding_window,
+            dropout_p=dropout,
+        )

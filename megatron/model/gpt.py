@@ -1,0 +1,168 @@
+"""The decoder-only transformer: GPT, LLaMA, BLOOM, Mistral and their like are settings of this one model.
+
+Legend: s=sequence, b=micro-batch, h=hidden, v=padded vocabulary, t=tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.architecture import Architecture
+from megatron.model.block import Block
+from megatron.model.embedding import Embedding
+from megatron.model.inputs import LayerInputs, ModelInputs
+from megatron.model.norm import Norm
+from megatron.model.rotary import Positions
+from megatron.model.setting import RecomputePlan, Setting
+from megatron.mpu.groups import ProcessGroups
+from megatron.mpu.layers import ColumnParallelLinear, column_parallel, local
+from megatron.ops import Ops
+
+__all__ = ["GPT", "ModelInputs", "RecomputePlan"]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer, or one pipeline stage of it.
+
+    Args:
+        arch: the shape of the whole model.
+        ops: the kernels.
+        groups: this process's groups.
+        sequence_parallel: split hidden states between layers along the sequence over the tensor-parallel ranks.
+        layers: global numbers of the layers held here; None = all.
+        first: hold the embedding: the input is token ids.
+        last: hold the final norm and the head: the output is logits.
+        recompute: activations to recompute in backward.
+        dtype, device: of the parameters, which are uninitialised (see `model.weights.initialise_parameters`).
+
+    Raises:
+        ValueError: if the architecture cannot be split over the tensor-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        ops: Ops,
+        groups: ProcessGroups,
+        sequence_parallel: bool = False,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+        recompute: RecomputePlan | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        _check_layout(arch, groups)
+        setting = Setting(
+            arch=arch,
+            ops=ops,
+            groups=groups,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute or RecomputePlan(),
+            dtype=dtype,
+            device=device,
+        )
+        self._setting, self._first, self._last = setting, first, last
+        self._positions = Positions(arch, groups.tp)
+        tied_head = last and arch.tied_embeddings
+        self.embedding = Embedding(setting, word_only=not first) if first or tied_head else None
+        numbers = range(arch.num_layers) if layers is None else layers
+        self.layers = nn.ModuleDict({str(number): Block(number, setting) for number in numbers})
+        self.final_norm = Norm(arch.hidden_size, setting, partial_grad=sequence_parallel) if last else None
+        self.head = None
+        if last and not arch.tied_embeddings:
+            self.head = ColumnParallelLinear(arch.hidden_size, arch.padded_vocab_size, bias=False, **setting.linear())
+
+    def forward(self, x: Tensor, inputs: ModelInputs) -> Tensor:
+        """One micro-batch.
+
+        Args:
+            x: token ids [b, s] int64 on the first stage, else hidden states [s, b, h] ([s/t, b, h] with sequence
+                parallelism) of the stage before.
+            inputs: positions, documents, dropout seed.
+
+        Returns:
+            Logits [s, b, v/t] on the last stage, in the model's dtype; else hidden states shaped like the input's.
+        """
+        hidden = self.embed(x, inputs) if self._first else x
+        hidden = self.run_layers(hidden, inputs)
+        return self.logits(hidden) if self._last else hidden
+
+    def embed(self, tokens: Tensor, inputs: ModelInputs) -> Tensor:
+        """Token ids [b, s] -> hidden states [s, b, h] or [s/t, b, h]; first stage only."""
+        assert self.embedding is not None
+        return self.embedding(tokens, inputs)
+
+    def run_layers(self, hidden: Tensor, inputs: ModelInputs) -> Tensor:
+        """Hidden states [s, b, h] or [s/t, b, h] through the layers held here; the same shape and dtype."""
+        side = self.layer_inputs(hidden, inputs)
+        blocks = list(self.layers.values())
+        plan = self._setting.recompute
+        if plan.granularity != "full" or not self.training:
+            return _run(blocks, hidden, side)
+        size, recomputed = (plan.num_layers, len(blocks)) if plan.method == "uniform" else (1, plan.num_layers)
+        for start in range(0, min(recomputed, len(blocks)), size):
+            chunk = blocks[start : start + size]
+            hidden = checkpoint(_run, chunk, hidden, side, use_reentrant=False, preserve_rng_state=False)
+        return _run(blocks[recomputed:], hidden, side)
+
+    def layer_inputs(self, hidden: Tensor, inputs: ModelInputs) -> LayerInputs:
+        """What the layers need beside the hidden states [s, b, h] or [s/t, b, h]."""
+        split = self._setting.groups.tp.size if self._setting.sequence_parallel else 1
+        rotary = self._positions.rotary(hidden.shape[0] * split, inputs.position_ids, hidden.device)
+        cos, sin = rotary or (None, None)
+        return LayerInputs(
+            cos=cos,
+            sin=sin,
+            alibi_slopes=self._positions.slopes(hidden.device),
+            document_ids=inputs.document_ids,
+            dropout_seed=inputs.dropout_seed,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [s, b, h] or [s/t, b, h] -> logits [s, b, v/t]; last stage only."""
+        assert self.final_norm is not None
+        hidden = self.final_norm(hidden)
+        if self.head is not None:
+            return self.head(hidden)
+        assert self.embedding is not None
+        setting = self._setting
+        (result,) = column_parallel(
+            hidden,
+            [local(self.embedding.word.weight)],
+            [None],
+            group=setting.groups.tp,
+            sequence_parallel=setting.sequence_parallel,
+        )
+        return result
+
+
+def _run(blocks: Sequence[nn.Module], hidden: Tensor, inputs: LayerInputs) -> Tensor:
+    for block in blocks:
+        hidden = block(hidden, inputs)
+    return hidden
+
+
+def _check_layout(arch: Architecture, groups: ProcessGroups) -> None:
+    tp = groups.tp.size
+    split = {
+        "attention heads": arch.num_heads,
+        "kv heads (--num-key-value-heads)": arch.num_kv_heads,
+        "feed-forward features": arch.ffn_hidden_size,
+        "vocabulary rows": arch.padded_vocab_size,
+    }
+    for what, count in split.items():
+        if count % tp:
+            raise ValueError(
+                f"--tensor-model-parallel-size is {tp}, but the model has {count} {what}; it must divide {count}"
+            )
+    if arch.num_heads % arch.num_kv_heads:
+        raise ValueError(f"{arch.num_kv_heads} kv heads must divide {arch.num_heads} attention heads")
+    if groups.cp.size > 1:
+        raise ValueError(f"--context-parallel-size is {groups.cp.size}; this model supports 1")

@@ -1,0 +1,40 @@
+"""What a forward pass needs besides token ids or hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """Side inputs of one micro-batch, the same for every layer and pipeline stage.
+
+    Attributes:
+        position_ids: [b, s] int64; None = 0 .. s-1 in every sample.
+        document_ids: [b, s] int64; tokens attend only within their own document; None = one document per sample.
+        dropout_seed: seed of this micro-batch's dropout masks; unused without dropout.
+    """
+
+    position_ids: Tensor | None = None
+    document_ids: Tensor | None = None
+    dropout_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """Side inputs of a layer, made once per forward pass from `ModelInputs`.
+
+    Attributes:
+        cos, sin: [s, 1 or b, 1, r] float32 rotary tables (r = rotated channels); None without rotary positions.
+        alibi_slopes: [n/t] float32, of this rank's query heads; None without ALiBi.
+        document_ids: see `ModelInputs`.
+        dropout_seed: see `ModelInputs`.
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    document_ids: Tensor | None = None
+    dropout_seed: int = 0

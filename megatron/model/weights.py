@@ -1,0 +1,102 @@
+"""Initial weights, and the conversion of local tensors to DTensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megatron.config.architecture import Architecture
+from megatron.mpu.groups import ProcessGroups
+from megatron.mpu.init import Distribution, draw, xavier_uniform
+from megatron.mpu.sharding import local_slice, logical_shape, shard_dim
+
+
+def distribution(name: str, shape: tuple[int, ...], arch: Architecture) -> Distribution:
+    """How a parameter is drawn: Megatron's rules.
+
+    Weights are normal(0, init_std); those that write to the residual stream (attention.output, mlp.down) have
+    init_std / sqrt(2 * layers). With xavier_uniform all matrices are uniform. Norms start as the identity, biases at 0.
+
+    Args:
+        name: logical parameter name.
+        shape: logical shape.
+        arch: the architecture.
+    """
+    parts = name.split(".")
+    if parts[-1] == "bias":
+        return Distribution(kind="constant", scale=0.0)
+    if parts[-2].endswith("norm"):
+        return Distribution(kind="constant", scale=0.0 if arch.norm_1p else 1.0)
+    is_embedding = parts[0] == "embedding"
+    if is_embedding and arch.embedding_init_std is not None:
+        return Distribution(kind="normal", scale=arch.embedding_init_std)
+    if arch.init_method == "xavier_uniform":
+        # Padding of the vocabulary depends on the layout, the bound must not.
+        is_vocabulary = name in ("embedding.word.weight", "head.weight")
+        return xavier_uniform(arch.vocab_size if is_vocabulary else shape[0], shape[1])
+    if name.endswith((".attention.output.weight", ".mlp.down.weight")):
+        return Distribution(kind="normal", scale=arch.init_std / math.sqrt(2.0 * arch.num_layers))
+    return Distribution(kind="normal", scale=arch.init_std)
+
+
+def initialise_parameters(model: nn.Module, arch: Architecture, groups: ProcessGroups, seed: int) -> None:
+    """Write the initial weights of this rank, the same numbers for every layout; see `mpu.init`.
+
+    Args:
+        model: a model or stage whose parameters, named logically, are materialised local tensors or DTensors; a DTensor
+            may be split further by FSDP along dimension 0, and then only the rows this rank owns are written.
+        arch: the architecture.
+        groups: this process's groups.
+        seed: of the run.
+    """
+    tp = groups.tp
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, DTensor):
+                shape, target = tuple(parameter.shape), parameter.to_local()
+            else:
+                shape, target = logical_shape(name, parameter.shape, tp.size), parameter.data
+            index = local_slice(name, shape, tp.rank, tp.size)
+            if isinstance(parameter, DTensor):
+                index = _own_rows(parameter, index)
+            if target.numel():
+                target.copy_(draw(name, shape, index, distribution(name, shape, arch), seed=seed))
+
+
+def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Narrow a tensor-parallel part to the rows that FSDP left on this rank (cut like `torch.chunk`)."""
+    mesh = parameter.device_mesh
+    rows, *rest = index
+    for at, placement in enumerate(parameter.placements):
+        if (mesh.mesh_dim_names or ())[at] == "tp" or placement.is_replicate():
+            continue
+        size = -(-(rows.stop - rows.start) // mesh.size(at))
+        start = min(rows.start + size * mesh.get_local_rank(at), rows.stop)
+        rows = slice(start, min(start + size, rows.stop))
+    return (rows, *rest)
+
+
+def to_dtensors(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Replace every parameter by a DTensor that knows how it is split over the tensor-parallel ranks.
+
+    Args:
+        model: its parameters, named logically, are local tensors (also on the meta device).
+        mesh: the mesh of all ranks, with a dimension "tp".
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in replaced:
+                full_name = f"{prefix}.{name}" if prefix else name
+                replaced[parameter] = nn.Parameter(_to_dtensor(full_name, parameter.data, mesh))
+            setattr(module, name, replaced[parameter])
+
+
+def _to_dtensor(name: str, part: Tensor, mesh: DeviceMesh) -> DTensor:
+    dim = shard_dim(name)
+    placement = Replicate() if dim is None else Shard(dim)
+    return DTensor.from_local(part, mesh["tp"], [placement], run_check=False)

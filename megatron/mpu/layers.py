@@ -1,0 +1,255 @@
+"""Linear layers and the embedding, each holding one tensor-parallel rank's part of its weight.
+
+Legend: s=sequence, b=micro-batch, h=hidden, i/o=features in and out, v=vocabulary, t=tensor-parallel ranks.
+With sequence parallelism hidden states between these layers are [s/t, b, h], otherwise [s, b, h].
+Parameters are plain local tensors or DTensors; all maths is on the local part, read through `local`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from megatron.mpu import collectives
+from megatron.mpu.groups import Group
+from megatron.mpu.mappings import copy_to_region, reduce_from_region, reduce_scatter_sequence
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, differentiable: a DTensor's local tensor, any other tensor itself."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def replicated(parameter: Tensor, group: Group, *, partial_grad: bool) -> Tensor:
+    """A parameter that every rank of the group holds in full.
+
+    Args:
+        parameter: the parameter, of any shape.
+        group: the tensor-parallel ranks.
+        partial_grad: True where each rank uses it for a part of the tokens or heads only. Its gradient is then summed
+            over the group in backward, so that every engine finds the whole gradient without a hook.
+    """
+    value = local(parameter)
+    return copy_to_region(value, group) if partial_grad else value
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """Several linear maps of one input, whose gradient collectives run while weight gradients are computed.
+
+    With sequence parallelism the gathered input is not kept for backward but gathered again (arXiv:2205.05198, 4.2.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sequence_parallel: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        ctx.save_for_backward(x, *weights)
+        total = collectives.all_gather(x, group) if sequence_parallel else x
+        return tuple(F.linear(total, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        need_input, _, _, *need_weights = ctx.needs_input_grad
+        gathering = _start_gather(x, ctx) if any(need_weights) else None
+        reducing = None
+        if need_input:
+            grad_input = torch.matmul(grads[0], weights[0])
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_input = grad_input + torch.matmul(grad, weight)
+            start = collectives.start_reduce_scatter if ctx.sequence_parallel else collectives.start_all_reduce_
+            reducing = start(grad_input, ctx.group)
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if gathering is not None:
+            rows = gathering.wait().flatten(0, -2)
+            for at, (grad, needed) in enumerate(zip(grads, need_weights, strict=True)):
+                if needed:
+                    grad_weights[at] = grad.flatten(0, -2).t().matmul(rows)
+        return (reducing.wait() if reducing else None, None, None, *grad_weights)
+
+
+def _start_gather(x: Tensor, ctx: Any) -> collectives.Pending:
+    return collectives.start_all_gather(x, ctx.group) if ctx.sequence_parallel else collectives.Pending(x)
+
+
+def column_parallel(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    group: Group,
+    sequence_parallel: bool,
+) -> tuple[Tensor, ...]:
+    """Linear maps of one input, their outputs split over the group; the input is gathered once for all of them.
+
+    Args:
+        x: [s, b, i], the same on all ranks; [s/t, b, i] with sequence parallelism.
+        weights: this rank's rows of each weight, [o/t, i], in the dtype of x.
+        biases: this rank's part of each bias [o/t], or None.
+        group: the tensor-parallel ranks.
+        sequence_parallel: x is split along the sequence.
+
+    Returns:
+        One [s, b, o/t] per weight.
+    """
+    if group.size == 1:
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    outputs = _ColumnParallel.apply(x, group, sequence_parallel, *weights)
+    return tuple(y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True))
+
+
+class ColumnParallelLinear(nn.Module):
+    """Linear layer whose output features are split over the tensor-parallel ranks.
+
+    Args:
+        in_features: i, logical.
+        out_features: o, logical; must be divisible by the group's size.
+        bias: whether there is a bias.
+        group: the tensor-parallel ranks.
+        sequence_parallel: the input is [s/t, b, i] instead of [s, b, i].
+        dtype, device: of the parameters, uninitialised.
+
+    Raises:
+        ValueError: if the output features cannot be divided.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, sequence_parallel
+        rows = divide(out_features, group, "output features")
+        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, i] (or [s/t, b, i]) -> [s, b, o/t]."""
+        return column_linears(x, (self,))[0]
+
+
+def column_linears(x: Tensor, layers: Sequence[ColumnParallelLinear], *, skip_bias: bool = False) -> tuple[Tensor, ...]:
+    """Apply several column-parallel layers to one input, gathering it once; see `column_parallel`.
+
+    Args:
+        x: [s, b, i] or [s/t, b, i].
+        layers: layers of one group, alike in `sequence_parallel`.
+        skip_bias: leave the biases out, for a caller that adds them in a fused operation.
+    """
+    biases = [None if skip_bias or layer.bias is None else local(layer.bias) for layer in layers]
+    weights = [local(layer.weight) for layer in layers]
+    first = layers[0]
+    return column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
+
+
+class RowParallelLinear(nn.Module):
+    """Linear layer whose input features are split over the tensor-parallel ranks; the partial outputs are summed.
+
+    Args:
+        in_features: i, logical; must be divisible by the group's size.
+        out_features: o, logical.
+        bias: whether there is a bias; it is replicated.
+        group: the tensor-parallel ranks.
+        sequence_parallel: the output is [s/t, b, o] instead of [s, b, o].
+        dtype, device: of the parameters, uninitialised.
+
+    Raises:
+        ValueError: if the input features cannot be divided.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, sequence_parallel
+        columns = divide(in_features, group, "input features")
+        self.weight = nn.Parameter(torch.empty(out_features, columns, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[s, b, i/t] -> ([s, b, o] or [s/t, b, o], bias [o] still to be added, or None).
+
+        The bias is left to the caller, who adds it together with dropout and the residual.
+        """
+        partial = F.linear(x, local(self.weight))
+        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_region
+        bias = None
+        if self.bias is not None:
+            bias = replicated(self.bias, self.group, partial_grad=self.sequence_parallel)
+        return reduce(partial, self.group), bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding whose rows (the vocabulary) are split over the tensor-parallel ranks.
+
+    Args:
+        vocab_rows: v, logical rows including padding; must be divisible by the group's size.
+        hidden_size: h.
+        group: the tensor-parallel ranks.
+        sequence_parallel: the output is [s/t, b, h] instead of [s, b, h].
+        dtype, device: of the parameter, uninitialised.
+
+    Raises:
+        ValueError: if the rows cannot be divided.
+    """
+
+    def __init__(
+        self,
+        vocab_rows: int,
+        hidden_size: int,
+        *,
+        group: Group,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, sequence_parallel
+        rows = divide(vocab_rows, group, "vocabulary rows")
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype, device=device))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [b, s] (int64) -> [s, b, h] or [s/t, b, h]."""
+        weight = local(self.weight)
+        ids = tokens.transpose(0, 1).contiguous()
+        if self.group.size == 1:
+            return F.embedding(ids, weight)
+        own = ids - self.group.rank * weight.shape[0]
+        elsewhere = (own < 0) | (own >= weight.shape[0])
+        rows = F.embedding(own.masked_fill(elsewhere, 0), weight)
+        partial = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_region
+        return reduce(partial, self.group)
+
+
+def divide(length: int, group: Group, what: str) -> int:
+    """`length` / group size.
+
+    Raises:
+        ValueError: if it is not a whole number.
+    """
+    if length % group.size:
+        raise ValueError(
+            f"{what}: {length} cannot be divided over {group.size} tensor-parallel ranks; "
+            f"--tensor-model-parallel-size must divide {length}"
+        )
+    return length // group.size
