@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron.mpu.topology import Place, Topology
 
-MESH_AXES = ("pp", "dp", "cp", "tp")
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class ProcessGroups:
     Attributes:
         topology: the grid of ranks.
         place: coordinates of this process in it.
-        mesh: the same grid for `torch.distributed.tensor` and FSDP, dimensions ("pp", "dp", "cp", "tp");
-            None when torch.distributed is not initialised.
+        mesh: the same grid for `torch.distributed.tensor` and FSDP, with the data-parallel axis cut in two: between
+            "dp_replicate" ranks gradients are all-reduced, over "dp_shard" ranks the optimizer state is sharded
+            (hybrid sharding). None when torch.distributed is not initialised.
         tp, cp, dp, pp: the group along each axis.
         dp_cp: all ranks that hold the same weights: the group over which losses and gradients are summed.
         world: all ranks.
@@ -55,14 +56,17 @@ class ProcessGroups:
     world: Group
 
     def data_parallel_mesh(self) -> DeviceMesh:
-        """The one-dimensional mesh of the ranks that hold the same weights (dp x cp), for FSDP.
+        """The ranks that hold the same weights (dp x cp) for FSDP: a mesh of (replicas, shards).
 
         Raises:
             RuntimeError: without torch.distributed.
         """
         if self.mesh is None:
             raise RuntimeError("there is no device mesh: torch.distributed was not initialised before build_groups")
-        return self.mesh["dp"] if self.cp.size == 1 else self.mesh["dp", "cp"]._flatten("dp_cp")
+        if self.cp.size > 1:
+            self.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+            return self.mesh["dp_replicate", "dp_shard_cp"]
+        return self.mesh["dp_replicate", "dp_shard"]
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Sum of `x` [...] over the ranks that hold the same weights: a new tensor, without gradient."""
@@ -88,25 +92,33 @@ def single_process() -> ProcessGroups:
     )
 
 
-def build_groups(topology: Topology, device_type: str) -> ProcessGroups:
+def build_groups(topology: Topology, device_type: str, *, dp_replicas: int = 1) -> ProcessGroups:
     """Create the groups of this process. Every rank must call it, in the same order as other collectives.
 
     Args:
         topology: the grid of ranks; its world size must be that of torch.distributed.
         device_type: torch device type of the tensors that are communicated.
+        dp_replicas: copies of the sharded training state: length of the mesh axis "dp_replicate".
 
     Raises:
-        ValueError: if the topology is for another number of ranks than there are.
+        ValueError: if the topology is for another number of ranks than there are, or the copies do not divide the
+            data-parallel ranks.
     """
+    if topology.dp % dp_replicas:
+        raise ValueError(
+            f"--num-distributed-optimizer-instances is {dp_replicas}; it must divide the {topology.dp} "
+            "data-parallel ranks"
+        )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if topology.world_size != world_size:
         raise ValueError(f"the topology has {topology.world_size} ranks, torch.distributed has {world_size}")
     if not dist.is_initialized():
         return single_process()
-    shape = tuple(topology.size(axis) for axis in MESH_AXES)
+    shape = (topology.pp, dp_replicas, topology.dp // dp_replicas, topology.cp, topology.tp)
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
     rank = dist.get_rank()
-    axes = {axis: _group(_ranks_of(topology, rank, axis), rank, mesh.get_group(axis)) for axis in MESH_AXES}
+    handles = {axis: mesh.get_group(axis) for axis in ("pp", "cp", "tp")} | {"dp": _data_handle(topology, mesh)}
+    axes = {axis: _group(_ranks_of(topology, rank, axis), rank, handle) for axis, handle in handles.items()}
     return ProcessGroups(
         topology=topology,
         place=topology.place(rank),
@@ -125,14 +137,27 @@ def _group(ranks: list[int], rank: int, handle: dist.ProcessGroup | None) -> Gro
     return Group(tuple(ranks), ranks.index(rank), len(ranks), handle if len(ranks) > 1 else None)
 
 
+def _data_handle(topology: Topology, mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The communicator of the whole data-parallel axis; one of its own is only made under hybrid sharding."""
+    for whole, other in (("dp_shard", "dp_replicate"), ("dp_replicate", "dp_shard")):
+        if mesh[other].size() == 1:
+            return mesh.get_group(whole)
+    return _new_group(topology, "dp")
+
+
+def _new_group(topology: Topology, *axes: str) -> dist.ProcessGroup | None:
+    """A communicator along `axes`; every rank makes those of all ranks, in the same order."""
+    own: dist.ProcessGroup | None = None
+    for ranks in topology.groups(*axes):
+        handle = dist.new_group(ranks)
+        own = handle if dist.get_rank() in ranks else own
+    return own
+
+
 def _plane(topology: Topology, rank: int, axes: dict[str, Group]) -> Group:
     """The dp x cp group; a communicator of its own is only made when both axes are longer than one."""
     if topology.cp == 1:
         return axes["dp"]
     if topology.dp == 1:
         return axes["cp"]
-    own: dist.ProcessGroup | None = None
-    for ranks in topology.groups("cp", "dp"):
-        handle = dist.new_group(ranks)
-        own = handle if rank in ranks else own
-    return _group(_ranks_of(topology, rank, "cp", "dp"), rank, own)
+    return _group(_ranks_of(topology, rank, "cp", "dp"), rank, _new_group(topology, "cp", "dp"))

@@ -1,0 +1,179 @@
+"""The DeepSpeed engine: `deepspeed.initialize` around the same model, whose parameters are plain local tensors.
+
+The only file that imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron.accelerators.base import Accelerator
+from megatron.data.batch import Batch
+from megatron.mpu.groups import ProcessGroups
+from megatron.mpu.sharding import shard_dim
+from megatron.training import gradients
+from megatron.training.engine import StepResult, StepSettings
+from megatron.training.optimizer import set_schedules
+from megatron.training.loss import TokenLoss
+from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
+
+
+class ModelParallelUnit:
+    """The process groups under the names that DeepSpeed asks its `mpu` argument for."""
+
+    def __init__(self, groups: ProcessGroups) -> None:
+        if groups.mesh is None:
+            raise RuntimeError("the DeepSpeed engine needs torch.distributed to be initialised")
+        self._groups = groups
+        self._mesh = groups.mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same part of the model."""
+        return self._groups.dp.handle or self._mesh.get_group("dp_shard")
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of that group."""
+        return list(self._groups.dp.ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank in that group."""
+        return self._groups.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of that group."""
+        return self._groups.dp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that share one copy of the model."""
+        return self._mesh.get_group("tp")
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank in that group."""
+        return self._groups.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of that group."""
+        return self._groups.tp.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without its habit of compiling a C++ extension when communication starts on a CPU."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """Trains a model through DeepSpeed; see `Engine` for the methods."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        token_loss: TokenLoss,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        groups: ProcessGroups,
+        accelerator: Accelerator,
+        device: torch.device,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        for name, parameter in model.named_parameters():
+            parameter.tensor_model_parallel = groups.tp.size > 1 and shard_dim(name) is not None  # type: ignore[attr-defined]
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=dict(config),
+            mpu=ModelParallelUnit(groups),
+            dist_init_required=False,
+        )
+        self._micro_step = MicroStep(self.engine, token_loss)
+        self._groups = groups
+        self._accelerator = accelerator
+        self._device = device
+
+    def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
+        """Forward and backward of the micro-batches, then one step of DeepSpeed's optimizer; see `Engine`."""
+        self.engine.train()
+        set_schedules(self.optimizer, settings)
+        if len(microbatches) != self.engine.gradient_accumulation_steps():
+            self._set_microbatches(len(microbatches))
+        scale = self._loss_scale()
+        tokens = count_tokens(microbatches, self._groups, self._device)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        norm: float | None = None
+        for batch in microbatches:
+            loss = self._micro_step(batch.to(self._device))
+            # DeepSpeed averages over data-parallel ranks; the sum is wanted.
+            self.engine.backward(loss * (self._groups.dp.size / tokens), scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = self._plain_norm()
+            self.engine.step()
+            self._accelerator.end_of_micro_step()
+        norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
+        return StepResult(
+            loss=(self._groups.sum_over_data(loss_sum) / tokens).item(),
+            grad_norm=norm,
+            skipped=not self.engine.was_step_applied(),
+            loss_scale=scale,
+        )
+
+    def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
+        """Loss sum and token count over all ranks; see `Engine`."""
+        self.engine.eval()
+        return evaluate_microbatches(self._micro_step, microbatches, self._groups, self._device)
+
+    def parameters_norm(self) -> float:
+        """L2 norm of all parameters; see `Engine`. Under stage 3 parameters are gathered one after the other."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        copies = self._new_copies()
+        for parameter in self.engine.module.parameters():
+            gathered = self.engine.zero_optimization_partition_weights()
+            value = safe_get_full_fp32_param(parameter) if gathered else parameter.detach()
+            copies[self._holders(parameter)].append(value)
+        return self._norm(copies)
+
+    def _set_microbatches(self, number: int) -> None:
+        """Batch ramp-up: DeepSpeed counts micro-batches itself, so it has to be told."""
+        micro_batch_size = self.engine.train_micro_batch_size_per_gpu()
+        self.engine.set_train_batch_size(micro_batch_size * number * self._groups.dp.size)
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self.optimizer, "cur_scale", getattr(self.optimizer, "loss_scale", 1.0)))
+
+    def _plain_norm(self) -> float | None:
+        """Norm of the gradients where DeepSpeed leaves them as they are (stage 0 in float32) and keeps no norm."""
+        if self.engine.zero_optimization() or self.engine.fp16_enabled() or self.engine.bfloat16_enabled():
+            return None
+        copies = self._new_copies()
+        for parameter in self.engine.module.parameters():
+            if parameter.grad is not None:
+                copies[self._holders(parameter)].append(parameter.grad)
+        return self._norm(copies)
+
+    def _new_copies(self) -> dict[int, list[torch.Tensor]]:
+        return {self._groups.world.size: [], self._groups.dp.size: []}
+
+    def _holders(self, parameter: nn.Parameter) -> int:
+        """Number of ranks that hold the same elements of this parameter."""
+        split = getattr(parameter, "tensor_model_parallel", False)
+        return self._groups.dp.size if split else self._groups.world.size
+
+    def _norm(self, copies: gradients.ByCopies) -> float:
+        filled = {holders: tensors for holders, tensors in copies.items() if tensors}
+        return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(filled, self._device)).item())

@@ -1,0 +1,147 @@
+"""The native engine: PyTorch's own distributed stack (DTensor, FSDP2, DCP).
+
+Parameters are DTensors that know how they are split over tensor-parallel ranks. For the data-parallel axis
+`fully_shard` (FSDP2) keeps float32 master weights, computes in the model's dtype and reduces gradients:
+
+| stage | parameters            | gradients              | optimizer state |
+|-------|-----------------------|------------------------|-----------------|
+| 0     | replicated            | all-reduced            | replicated      |
+| 1     | gathered once a step  | reduce-scattered once  | sharded         |
+| 2     | gathered once a step  | reduce-scattered at every micro-batch | sharded |
+| 3     | gathered when used    | reduce-scattered at every micro-batch | sharded |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megatron.accelerators.base import Accelerator
+from megatron.data.batch import Batch
+from megatron.mpu.groups import ProcessGroups
+from megatron.training import gradients
+from megatron.training.engine import StepResult, StepSettings
+from megatron.training.loss import TokenLoss
+from megatron.training.loss_scale import LossScale
+from megatron.training.optimizer import set_schedules
+from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeSettings:
+    """What the native engine is asked to do."""
+
+    stage: int
+    """0-3, see the table of this module."""
+    dtype: torch.dtype
+    """Of the forward and backward computation; master weights and optimizer state are float32."""
+    reduce_dtype: torch.dtype
+    """Of the gradients while they are summed over micro-batches and data-parallel ranks."""
+    clip_grad: float
+    """Largest global gradient norm; 0 = no clipping."""
+    loss_scale: LossScale
+    count_zeros: bool = False
+
+
+def shard_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], groups: ProcessGroups, s: NativeSettings) -> bool:
+    """Apply FSDP2 to the blocks and to what remains of the model; False where nothing is to be done.
+
+    One data-parallel rank that computes in float32 needs neither sharding nor a second copy of the weights.
+    """
+    if groups.dp_cp.size == 1 and s.dtype == torch.float32:
+        return False
+    policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=s.reduce_dtype, cast_forward_inputs=False)
+    mesh = groups.data_parallel_mesh()
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=s.stage == 3)
+    return True
+
+
+class NativeEngine:
+    """Trains a model whose parameters are DTensors; see `Engine` for the methods."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        token_loss: TokenLoss,
+        optimizer: torch.optim.Optimizer,
+        groups: ProcessGroups,
+        accelerator: Accelerator,
+        device: torch.device,
+        settings: NativeSettings,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_scale = settings.loss_scale
+        self._micro_step = MicroStep(model, token_loss)
+        self._groups = groups
+        self._accelerator = accelerator
+        self._device = device
+        self._settings = settings
+
+    def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
+        """Forward and backward of the micro-batches, then one step of the optimizer; see `Engine`."""
+        self.model.train()
+        loss = self._accumulate_gradients(microbatches)
+        copies = self._by_copies(gradients.gradients(self.model.parameters()))
+        square = gradients.sum_over_ranks(gradients.square_sum(copies, self._device))
+        zeros = self._count_zeros(copies)
+        scale = self.loss_scale
+        norm = math.sqrt(square.item()) / scale.value
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            gradients.scale_(copies, gradients.clip_factor(norm, self._settings.clip_grad) / scale.value)
+            self._step_optimizer(settings)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss_scale = scale.after(overflow=skipped)
+        return StepResult(loss=loss, grad_norm=norm, skipped=skipped, loss_scale=scale.value, num_zeros=zeros)
+
+    def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
+        """Loss sum and token count over all ranks; see `Engine`."""
+        self.model.eval()
+        return evaluate_microbatches(self._micro_step, microbatches, self._groups, self._device)
+
+    def parameters_norm(self) -> float:
+        """L2 norm of all parameters; see `Engine`."""
+        copies = self._by_copies(self.model.parameters())
+        return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
+
+    def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> float:
+        """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss."""
+        tokens = count_tokens(microbatches, self._groups, self._device)
+        # FSDP2 averages over data-parallel ranks; the sum is wanted.
+        weight = self.loss_scale.value * self._groups.dp_cp.size / tokens
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        for index, batch in enumerate(microbatches):
+            self._synchronize_gradients(last=index == len(microbatches) - 1)
+            loss = self._micro_step(batch.to(self._device))
+            (loss * weight).backward()
+            loss_sum += loss.detach()
+            self._accelerator.end_of_micro_step()
+        return (self._groups.sum_over_data(loss_sum) / tokens).item()
+
+    def _synchronize_gradients(self, *, last: bool) -> None:
+        """Tell FSDP2 whether this backward ends with a reduction over the data-parallel ranks."""
+        if not isinstance(self.model, FSDPModule):
+            return
+        self.model.set_requires_gradient_sync(last or self._settings.stage >= 2)
+        self.model.set_is_last_backward(last)
+        self.model.set_reshard_after_backward(last or self._settings.stage == 3)
+
+    def _by_copies(self, tensors: Iterable[torch.Tensor]) -> gradients.ByCopies:
+        return gradients.group_by_copies(tensors, self._groups.world.size // self._groups.pp.size)
+
+    def _count_zeros(self, copies: gradients.ByCopies) -> int | None:
+        if not self._settings.count_zeros:
+            return None
+        return round(gradients.sum_over_ranks(gradients.zero_count(copies, self._device)).item())
+
+    def _step_optimizer(self, settings: StepSettings) -> None:
+        set_schedules(self.optimizer, settings)
+        self.optimizer.step()

@@ -1,0 +1,32 @@
+"""Parameter groups of the optimizer and their schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.training.engine import StepSettings
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Two groups as in Megatron: weights, which decay, and biases and norm weights (one axis), which do not.
+
+    `wd_mult` is what the scheduled weight decay is multiplied by.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for _, parameter in named_parameters:
+        if parameter.requires_grad:
+            (decayed if parameter.dim() > 1 else free).append(parameter)
+    groups = ({"params": decayed, "wd_mult": 1.0}, {"params": free, "wd_mult": 0.0, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Write this step's learning rate and weight decay into the optimizer's groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr
+        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,129 @@
+"""What a run stands on: device, ranks, kernels and log, chosen once from the settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron.accelerators import Accelerator, deepspeed_environment, select
+from megatron.config.run import RunConfig
+from megatron.mpu.groups import ProcessGroups, build_groups
+from megatron.mpu.topology import Topology
+from megatron.ops import Ops, UnavailableOpError, build_table, implementations
+from megatron.training.report import Printer
+
+
+class SetupError(ValueError):
+    """Settings that this machine or this launch cannot satisfy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that is decided before the model exists; the same decisions on every rank."""
+
+    accelerator: Accelerator
+    device: torch.device
+    groups: ProcessGroups
+    ops: Ops
+    op_lines: tuple[str, ...]
+    """One line per operation: which implementation was chosen and why."""
+    log: Printer
+
+
+def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
+    """Choose the device and the kernels, join the other ranks and make the process groups.
+
+    Raises:
+        ValueError: the device, an implementation or the collective backend that was asked for is not to be had.
+    """
+    accelerator = select(config.device.device)
+    backend = _backend(config, accelerator)
+    ops, op_lines = build_table(accelerator, asked_implementations(config, accelerator))
+    if config.deepspeed.deepspeed:
+        os.environ.update(deepspeed_environment(accelerator, env))
+    device = accelerator.set_device(config.parallel.local_rank)
+    _join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    parallel = config.parallel
+    topology = Topology(
+        parallel.world_size,
+        tp=parallel.tensor_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+    )
+    groups = build_groups(topology, accelerator.torch_device_type, dp_replicas=_replicas(config, topology))
+    log = Printer(active=dist.get_rank() == 0)
+    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
+        log(line)
+    return Session(
+        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), log=log
+    )
+
+
+def _backend(config: RunConfig, accelerator: Accelerator) -> str:
+    """The collective backend: that of the device, which an explicit flag must agree with."""
+    asked = config.parallel.distributed_backend
+    if "distributed_backend" in config.given and asked != accelerator.collective_backend:
+        raise SetupError(
+            f"--distributed-backend is {asked}, but device {accelerator.name} communicates with "
+            f"{accelerator.collective_backend}; leave the flag out"
+        )
+    return accelerator.collective_backend
+
+
+def _join(backend: str, env: Mapping[str, str], timeout: timedelta) -> None:
+    """Initialise torch.distributed; a process without a launcher is a world of one."""
+    if dist.is_initialized():
+        return
+    if "RANK" in env:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _replicas(config: RunConfig, topology: Topology) -> int:
+    """Copies of the data-parallel training state: all ranks at stage 0, else what hybrid sharding asks for."""
+    if config.deepspeed.deepspeed:
+        return 1
+    if config.parallel.zero_stage_native == 0:
+        return topology.dp
+    return config.parallel.num_distributed_optimizer_instances
+
+
+def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[str, str]:
+    """Operation -> implementation, from `--op` and from Megatron's flags that stand for one.
+
+    Raises:
+        UnavailableOpError: an `--op` that is not `name=implementation`, or two flags that contradict each other.
+    """
+    settings = config.device
+    asked: dict[str, str] = {}
+
+    def ask(op: str, name: str, flag: str) -> None:
+        if asked.setdefault(op, name) != name:
+            raise UnavailableOpError(f"{flag} asks for {op}={name}, another flag for {op}={asked[op]}; give one")
+
+    for item in settings.op:
+        op, _, name = item.partition("=")
+        if not name:
+            raise UnavailableOpError(f"--op {item}: must be operation=implementation, such as attention=reference")
+        ask(op, name, f"--op {item}")
+    backends = {"flash": "flash_attn", "fused": "sdpa", "unfused": "reference", "local": "reference"}
+    if settings.attention_backend in backends:
+        ask("attention", backends[settings.attention_backend], f"--attention-backend {settings.attention_backend}")
+    if not settings.masked_softmax_fusion:
+        ask("attention", "reference", "--no-masked-softmax-fusion")
+    if not settings.bias_gelu_fusion:
+        ask("bias_gelu", "reference", "--no-bias-gelu-fusion")
+    if not settings.bias_dropout_fusion:
+        ask("bias_dropout_add", "reference", "--no-bias-dropout-fusion")
+    if settings.use_fused_rmsnorm is not None:
+        name = implementations(accelerator, "rms_norm")[0].name if settings.use_fused_rmsnorm else "reference"
+        ask("rms_norm", name, "--use-fused-rmsnorm")
+    if config.optimizer.optimizer == "fusedadamw":
+        ask("adamw", implementations(accelerator, "adamw")[0].name, "--optimizer fusedadamw")
+    return asked
