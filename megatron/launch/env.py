@@ -152,7 +152,8 @@ def read(family: Family, env: Mapping[str, str], argv: Sequence[str]) -> tuple[R
         argv: the command line, whose flags override variables.
 
     Raises:
-        ValueError: a name of a prefixed family is unknown, or a value is not allowed; all of them in one message.
+        ValueError: a name of a prefixed family is unknown, a value is not allowed, or two variables set one flag to
+            different values; all of them in one message.
     """
     given = flags_of(argv)
     problems = list(_unknown_names(family, env))
@@ -168,9 +169,21 @@ def read(family: Family, env: Mapping[str, str], argv: Sequence[str]) -> tuple[R
             problems.append(f"{variable.name}={text} {problem}")
             continue
         readings.append(Reading(variable.name, text, flags, overridden))
+    problems += _contradictions(family, [reading for reading in readings if not reading.overridden])
     if problems:
         raise ValueError("\n".join(problems))
     return tuple(readings)
+
+
+def _contradictions(family: Family, readings: Sequence[Reading]) -> list[str]:
+    """One sentence for each two variables that decide the same flag differently."""
+    decides = {variable.name: variable.decides for variable in family.variables}
+    return [
+        f"{one.name}={one.value} and {other.name}={other.value} both decide {min(shared)}: unset one of them"
+        for number, one in enumerate(readings)
+        for other in readings[number + 1 :]
+        if (shared := decides[one.name] & decides[other.name]) and one.flags != other.flags
+    ]
 
 
 def _unknown_names(family: Family, env: Mapping[str, str]) -> list[str]:

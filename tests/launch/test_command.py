@@ -1,0 +1,80 @@
+"""The commands are the documented ones; torchrun's is run for real, with flags it could mistake for its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron.launch.command import BUILDERS, Job, deepspeed, mpirun, srun, torchrun
+
+_SCRIPT = ("train.py", "--lr", "1")
+_TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def _job(**settings) -> Job:
+    return Job(**{"script": _SCRIPT, "processes": 2, "exports": {"OMP_NUM_THREADS": "4"}, **settings})
+
+
+def _many(**settings) -> Job:
+    return _job(nodes=2, master_addr="n1", master_port=1234, hosts=("n1", "n2"), **settings)
+
+
+def test_torchrun_on_one_node_picks_a_free_port():
+    assert torchrun(_job()) == [*_TORCHRUN, "--standalone", "--nproc-per-node", "2", "--", *_SCRIPT]
+
+
+def test_torchrun_on_several_nodes_names_the_meeting_point_and_its_own_rank():
+    where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "n1", "--master-port", "1234"]
+    assert torchrun(_many(node_rank=1)) == [*_TORCHRUN, *where, "--nproc-per-node", "2", "--", *_SCRIPT]
+
+
+def test_a_port_that_was_asked_for_is_used_on_one_node_too():
+    assert "--standalone" not in torchrun(_job(master_port=4321))
+    assert "4321" in torchrun(_job(master_port=4321))
+
+
+def test_deepspeed_on_one_node():
+    command = deepspeed(_job())
+    assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
+    assert command[-4:] == ["--no_local_rank", *_SCRIPT]
+    assert command[command.index("--num_gpus") + 1] == "2"
+
+
+def test_deepspeed_hands_variables_to_other_nodes():
+    command = deepspeed(_many(hostfile="hosts.txt"))
+    assert command[command.index("--hostfile") + 1] == "hosts.txt"
+    start = command.index("env")
+    assert command[start - 1 :] == ["--no_python", "env", "OMP_NUM_THREADS=4", sys.executable, *_SCRIPT]
+
+
+@pytest.mark.parametrize("builder", [srun, mpirun])
+def test_one_torchrun_per_node_meets_at_the_first(builder):
+    command = builder(_many(job_id="77"))
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:1234", "--rdzv-id", "77"]
+    assert command[command.index(sys.executable) :] == [
+        *_TORCHRUN, "--nnodes", "2", *meeting, "--nproc-per-node", "2", "--", *_SCRIPT
+    ]  # fmt: skip
+
+
+def test_srun_starts_one_task_per_node():
+    assert srun(_many())[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+
+
+def test_mpirun_exports_variables_and_names_hosts():
+    command = mpirun(_many())
+    assert command[command.index("-x") + 1] == "OMP_NUM_THREADS"
+    assert command[command.index("--host") + 1] == "n1,n2"
+
+
+def test_every_launcher_has_a_builder():
+    assert tuple(BUILDERS) == ("torchrun", "deepspeed", "srun", "mpirun")
+
+
+def test_torchrun_passes_on_flags_that_abbreviate_its_own(tmp_path):
+    script = tmp_path / "show.py"
+    script.write_text("import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])")
+    command = torchrun(_job(script=(str(script), "--start", "5", "--log", "x"), processes=1))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.strip() == "0 1 ['--start', '5', '--log', 'x']", done.stderr
