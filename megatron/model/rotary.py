@@ -39,7 +39,7 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = (scaling.original_max_positions / wavelengths - low) / (high - low)
     kept = kept.clamp(0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+    return (1.0 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 def rotary_tables(

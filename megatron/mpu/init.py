@@ -68,7 +68,8 @@ def draw(
         first = block * BLOCK_ROWS
         start, stop = max(rows.start, first), min(rows.stop, first + BLOCK_ROWS)
         values = _draw_block((BLOCK_ROWS, *logical_shape[1:]), distribution, block_seed(seed, name, block))
-        part[start - rows.start : stop - rows.start] = values[(slice(start - first, stop - first), *rest)]
+        inside = (slice(start - first, stop - first), *rest)
+        part[start - rows.start : stop - rows.start] = values[inside]
     return part
 
 
