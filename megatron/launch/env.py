@@ -22,6 +22,9 @@ class Variable:
     decides: frozenset[str]
     """Flags that this variable decides: given on the command line, any of them overrides the whole variable."""
     help: str
+    """Empty for further rows of a name."""
+    gives_way: bool = False
+    """Other variables that decide the same flag override this one; otherwise two that differ are an error."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Reading:
     name: str
     value: str
     flags: tuple[str, ...]
-    """Empty when the command line overrides it."""
+    """Empty when overridden."""
     overridden: bool
+    """By the command line, or by a variable that it gives way to."""
 
 
 def value(name: str, flag: str, help: str) -> Variable:
@@ -71,12 +75,9 @@ def switch(name: str, flag: str, help: str) -> Variable:
     return choice(name, {"1": (flag,), "0": ()}, help)
 
 
-def _output_flags(folder: str) -> tuple[str, ...]:
-    base = folder.rstrip("/")
-    return (
-        *("--save", f"{base}/checkpoints", "--load", f"{base}/checkpoints"),
-        *("--tensorboard-dir", f"{base}/tensorboard", "--data-cache-path", f"{base}/cache"),
-    )
+def inside(name: str, flag: str, subfolder: str, help: str = "") -> Variable:
+    """A variable that names a folder, in which `flag` gets its place unless another variable gives it one."""
+    return Variable(name, lambda text: (flag, f"{text.rstrip('/')}/{subfolder}"), frozenset({flag}), help, True)
 
 
 PLAIN = Family(
@@ -111,12 +112,10 @@ PLAIN = Family(
         value("EVAL_ITERS", "--eval-iters", "batches per evaluation"),
         value("LOG_INTERVAL", "--log-interval", "steps between log lines"),
         value("SAVE_INTERVAL", "--save-interval", "steps between checkpoints"),
-        Variable(
-            "OUTPUT_DIR",
-            _output_flags,
-            frozenset(),
-            "folder for checkpoints (saved to and resumed from), TensorBoard files and sample indices",
-        ),
+        inside("OUTPUT_DIR", "--save", "checkpoints", "folder for checkpoints, TensorBoard files and sample indices"),
+        inside("OUTPUT_DIR", "--load", "checkpoints"),
+        inside("OUTPUT_DIR", "--tensorboard-dir", "tensorboard"),
+        inside("OUTPUT_DIR", "--data-cache-path", "cache"),
         value("SAVE", "--save", "folder to save checkpoints in"),
         value("LOAD", "--load", "folder to resume from"),
         value("TENSORBOARD_DIR", "--tensorboard-dir", "folder for TensorBoard files"),
@@ -155,34 +154,35 @@ def read(family: Family, env: Mapping[str, str], argv: Sequence[str]) -> tuple[R
         ValueError: a name of a prefixed family is unknown, a value is not allowed, or two variables set one flag to
             different values; all of them in one message.
     """
-    given = flags_of(argv)
     problems = list(_unknown_names(family, env))
+    given = flags_of(argv)
+    present = [variable for variable in family.variables if env.get(variable.name)]
+    firm = given.union(*(variable.decides for variable in present if not variable.gives_way))
     readings = []
-    for variable in family.variables:
-        text = env.get(variable.name, "")
-        if not text:
-            continue
-        overridden = bool(variable.decides & given)
+    for variable in present:
+        text = env[variable.name]
+        overridden = bool(variable.decides & (firm if variable.gives_way else given))
         try:
             flags = () if overridden else variable.flags(text)
         except ValueError as problem:
             problems.append(f"{variable.name}={text} {problem}")
             continue
         readings.append(Reading(variable.name, text, flags, overridden))
-    problems += _contradictions(family, [reading for reading in readings if not reading.overridden])
+    problems += _contradictions(present, readings)
     if problems:
         raise ValueError("\n".join(problems))
     return tuple(readings)
 
 
-def _contradictions(family: Family, readings: Sequence[Reading]) -> list[str]:
+def _contradictions(variables: Sequence[Variable], readings: Sequence[Reading]) -> list[str]:
     """One sentence for each two variables that decide the same flag differently."""
-    decides = {variable.name: variable.decides for variable in family.variables}
+    decides = {variable.name: variable.decides for variable in variables}
+    in_force = [reading for reading in readings if not reading.overridden]
     return [
         f"{one.name}={one.value} and {other.name}={other.value} both decide {min(shared)}: unset one of them"
-        for number, one in enumerate(readings)
-        for other in readings[number + 1 :]
-        if (shared := decides[one.name] & decides[other.name]) and one.flags != other.flags
+        for number, one in enumerate(in_force)
+        for other in in_force[number + 1 :]
+        if one.name != other.name and (shared := decides[one.name] & decides[other.name]) and one.flags != other.flags
     ]
 
 

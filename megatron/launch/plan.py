@@ -39,7 +39,7 @@ class Plan:
 
 def parser() -> argparse.ArgumentParser:
     """The launcher's own flags; every other flag is the trainer's."""
-    table = "\n".join(f"  {variable.name:<18} {variable.help}" for variable in env.PLAIN.variables)
+    table = "\n".join(f"  {variable.name:<18} {variable.help}" for variable in env.PLAIN.variables if variable.help)
     result = argparse.ArgumentParser(
         prog="python -m megatron.launch",
         description="Start a training run. Flags not listed here are the trainer's: python pretrain_gpt.py --help.",

@@ -43,8 +43,8 @@ def test_output_folder_holds_everything_a_run_writes():
 
 
 def test_a_single_folder_can_differ_from_the_output_folder():
-    flags = _flags({"OUTPUT_DIR": "out", "LOAD": "other"})
-    assert flags.index("other") > flags.index("out/checkpoints")
+    flags = _flags({"OUTPUT_DIR": "out", "LOAD": "other"}, ["--tensorboard-dir", "tb"])
+    assert flags == ["--save", "out/checkpoints", "--data-cache-path", "out/cache", "--load", "other"]
 
 
 def test_all_bad_values_are_reported_together():
@@ -81,6 +81,6 @@ def test_unknown_name_of_a_prefixed_family_names_the_nearest():
     assert env.read(family, {"MICRO_BACTH": "1"}, []) == ()
 
 
-def test_names_of_the_plain_family_are_unique():
-    names = [variable.name for variable in env.PLAIN.variables]
-    assert len(names) == len(set(names))
+def test_no_row_of_the_plain_family_is_there_twice():
+    rows = [(variable.name, variable.decides) for variable in env.PLAIN.variables]
+    assert len(rows) == len(set(rows))
