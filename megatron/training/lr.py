@@ -16,6 +16,7 @@ from typing import Any, Literal
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 WeightDecayStyle = Literal["constant", "linear", "cosine"]
+Unit = Literal["samples", "tokens"]
 
 LR_STYLES: tuple[str, ...] = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES: tuple[str, ...] = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -65,7 +66,7 @@ class LrSchedule:
     min_lr: float = 0.0
     init_lr: float = 0.0
     style: DecayStyle = "linear"
-    unit: Literal["samples", "tokens"] = "samples"
+    unit: Unit = "samples"
     warmup: float = 0
     decay: int
     wsd_style: WsdStyle = "exponential"
@@ -248,7 +249,7 @@ def _one_warmup(fraction: float | None, samples: float | None, tokens: int | Non
         raise ScheduleError(f"--lr-warmup-fraction is {fraction}; it must be at least 0 and less than 1")
 
 
-def _keys(unit: str) -> dict[str, str]:
+def _keys(unit: Unit) -> dict[str, str]:
     """Megatron's name in a checkpoint -> our field. Those after `lr_warmup_init` are unknown to Megatron."""
     length = "tokens" if unit == "tokens" else "steps"
     return {
@@ -295,7 +296,7 @@ def load_schedule(
             "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; give one"
         )
     position = SchedulePosition(int(state["num_steps"]), int(state.get("num_tokens") or 0))
-    unit = "tokens" if state.get("lr_decay_tokens") is not None else "samples"
+    unit: Unit = "tokens" if state.get("lr_decay_tokens") is not None else "samples"
     saved = {field: state[name] for name, field in _keys(unit).items() if name in state}
     if override:
         return schedule, position
