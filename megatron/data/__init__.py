@@ -1,0 +1,1 @@
+"""From `.bin/.idx` files to batches: readers and writers, sample orders, blends, samplers, loaders."""
