@@ -86,7 +86,7 @@ class Embedding(nn.Module):
         if self.norm is not None:
             hidden = self.norm(hidden)
         if setting.arch.fp32_residual:
-            hidden = hidden.float()
+            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if setting.arch.hidden_dropout > 0.0 and self.training:
             split = setting.sequence_parallel
             seed = dropout_seed(inputs.dropout_seed, _NO_LAYER, "embedding", setting.groups, split=split)

@@ -30,7 +30,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, vocab_size: 
         ops: the kernels; a group of one uses its cross entropy.
 
     Returns:
-        float32 [s, b], the same on all ranks.
+        float32 [s, b] (float64 for float64 logits), the same on all ranks.
     """
     start = group.rank * logits.shape[-1]
     real = min(max(vocab_size - start, 0), logits.shape[-1])
@@ -46,11 +46,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, real: int, group: Group) -> Tensor:
         rows, own = logits.flatten(0, -2), labels.flatten()
         highest = collectives.all_reduce(_row_max(rows, real), group, collectives.MAX)
-        sums = torch.empty(2, rows.shape[0], dtype=torch.float32, device=rows.device)
+        # Row 0: sum of the exponentials; row 1: logit of the label, 0 where another rank holds it.
+        sums = highest.new_empty(2, rows.shape[0])
         for chunk in _chunks(rows):
-            part = rows[chunk, :real].float()
-            sums[0, chunk] = (part - highest[chunk, None]).exp_().sum(-1)
-        sums[1] = _pick(rows, own, real)
+            sums[0, chunk] = (_wide(rows[chunk, :real]) - highest[chunk, None]).exp_().sum(-1)
+        columns, held = _columns(own, real)
+        sums[1] = _wide(rows.gather(1, columns)[:, 0]) * held
         exponentials, of_label = collectives.all_reduce(sums, group)
         log_sum = exponentials.log() + highest
         ctx.real = real
@@ -60,31 +61,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, own, log_sum = ctx.saved_tensors
-        rows, scale = logits.flatten(0, -2), grad.flatten().float()
+        rows, scale = logits.flatten(0, -2), grad.flatten().to(log_sum.dtype)
+        columns, held = _columns(own, ctx.real)
         result = torch.zeros_like(rows)
         for chunk in _chunks(rows):
-            part = (rows[chunk, : ctx.real].float() - log_sum[chunk, None]).exp_()
-            held = _held(own[chunk], ctx.real)
-            part[held, own[chunk][held]] -= 1.0
-            result[chunk, : ctx.real] = part.mul_(scale[chunk, None])
+            if ctx.real:
+                part = (_wide(rows[chunk, : ctx.real]) - log_sum[chunk, None]).exp_()
+                part.scatter_add_(1, columns[chunk], -held[chunk, None].to(part.dtype))
+                result[chunk, : ctx.real] = part.mul_(scale[chunk, None])
         return result.view(logits.shape), None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _row_max(rows: Tensor, real: int) -> Tensor:
     if real == 0:
-        return torch.full((rows.shape[0],), -torch.inf, dtype=torch.float32, device=rows.device)
-    return rows[:, :real].amax(-1).float()
+        return torch.full_like(_wide(rows[:, 0]), -torch.inf)
+    return _wide(rows[:, :real].amax(-1))
 
 
-def _held(own: Tensor, real: int) -> Tensor:
-    """Which labels are among this rank's columns."""
-    return (own >= 0) & (own < real)
-
-
-def _pick(rows: Tensor, own: Tensor, real: int) -> Tensor:
-    """Logit of each row's label, 0 where another rank holds it."""
-    held = _held(own, real)
-    return rows.gather(1, own.masked_fill(~held, 0)[:, None])[:, 0].float().masked_fill(~held, 0.0)
+def _columns(own: Tensor, real: int) -> tuple[Tensor, Tensor]:
+    """Column [rows, 1] of each label, 0 where another rank holds it; and whether this rank holds it, bool [rows]."""
+    held = (own >= 0) & (own < real)
+    return own.masked_fill(~held, 0)[:, None], held
 
 
 def _chunks(rows: Tensor) -> list[slice]:

@@ -1,0 +1,161 @@
+"""Tensor and sequence parallelism and FSDP give the loss and every gradient of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from megatron.model.gpt import GPT, ModelInputs
+from megatron.model.weights import initialise_parameters, to_dtensors
+from megatron.mpu.groups import build_groups, single_process
+from megatron.mpu.sharding import shard_dim
+from megatron.mpu.topology import Topology
+from megatron.ops import reference_ops
+from tests.model.helpers import FAMILIES, SEED, build, gradient_errors, loss_of, perturb, relative_error
+from tests.support import run_ranks
+
+WORLD = 4
+# Sums in another order, in float64; "variants" keeps its residual stream in float64 too.
+TOLERANCE = 1e-10
+LAYOUTS = ((2, False), (2, True), (4, False), (4, True))
+INPUTS = {
+    "plain": ModelInputs(),
+    "documents": ModelInputs(
+        position_ids=torch.tensor([[*range(10), *range(6)]] * 3), document_ids=torch.tensor([[0] * 10 + [1] * 6] * 3)
+    ),
+    "dropout": ModelInputs(dropout_seed=5),
+}
+Result = tuple[float, dict[str, np.ndarray]]
+
+
+def _run(family: str, kind: str, tp: int = 1, sequence_parallel: bool = False) -> Result:
+    """Loss, and this rank's gradients."""
+    groups = build_groups(Topology(WORLD, tp=tp), "cpu") if tp > 1 else single_process()
+    arch = FAMILIES[family]
+    if kind == "dropout":  # masks of attention weights depend on how heads are split
+        arch = replace(arch, hidden_dropout=0.2)
+    model = build(arch, groups, sequence_parallel=sequence_parallel, dtype=torch.float64).train()
+    loss = loss_of(model, arch, groups, INPUTS[kind])
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def _run_all(cases: list[tuple[str, str, int, bool]]) -> list[Result]:
+    return [_run(*case) for case in cases]
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Logical gradients from those of the ranks of one tensor-parallel group."""
+    result = {}
+    for name in parts[0]:
+        dim = shard_dim(name)
+        if dim is None:
+            for part in parts[1:]:
+                np.testing.assert_allclose(part[name], parts[0][name], rtol=0, atol=1e-12)
+        result[name] = torch.from_numpy(
+            parts[0][name] if dim is None else np.concatenate([part[name] for part in parts], axis=dim)
+        )
+    return result
+
+
+@pytest.fixture(scope="module")
+def parallel() -> dict[tuple[str, str, int, bool], list[Result]]:
+    """Results of all ranks for every case, from one set of processes."""
+    cases = [
+        (family, kind, *layout)
+        for family in FAMILIES
+        for layout in LAYOUTS
+        for kind in ("plain", "documents", "dropout")
+        if not (kind == "dropout" and layout[1])
+    ]
+    ranks = run_ranks(WORLD, _run_all, cases)
+    return {case: [rank[at] for rank in ranks] for at, case in enumerate(cases)}
+
+
+@pytest.mark.parametrize("kind", ["plain", "documents", "dropout"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel_equals_one_process(family: str, kind: str, parallel: dict[Any, list[Result]]) -> None:
+    loss, gradients = _run(family, kind)
+    expected = {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
+    for tp, sequence_parallel in LAYOUTS:
+        if kind == "dropout" and sequence_parallel:
+            continue  # each rank then draws the masks of its own tokens
+        ranks = parallel[family, kind, tp, sequence_parallel]
+        assert [rank[0] for rank in ranks] == pytest.approx([loss] * WORLD, rel=TOLERANCE)
+        errors = gradient_errors(_joined([rank[1] for rank in ranks[:tp]]), expected)
+        print(f"{family} {kind} TP{tp} SP={sequence_parallel}: {max(errors.values()):.1e}")
+        assert max(errors.values()) < TOLERANCE, errors
+
+
+def _fully_sharded(family: str, meta: bool) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Mean loss, all weights and all gradients at DP2 x TP2, each data-parallel rank with a batch of its own."""
+    groups = build_groups(Topology(WORLD, tp=2), "cpu")
+    arch = FAMILIES[family]
+    device = torch.device("meta") if meta else None
+    model = GPT(
+        arch, ops=reference_ops(), groups=groups, sequence_parallel=True, dtype=torch.float64, device=device
+    ).train()
+    if not meta:
+        initialise_parameters(model, arch, groups, SEED)
+        perturb(model, groups)
+    assert groups.mesh is not None
+    to_dtensors(model, groups.mesh)
+    for module in (*model.layers.values(), model):
+        fully_shard(module, mesh=groups.data_parallel_mesh())
+    if meta:
+        model.to_empty(device="cpu")
+        initialise_parameters(model, arch, groups, SEED)
+    loss = loss_of(model, arch, groups, ModelInputs(), seed=groups.dp.rank)
+    loss.backward()
+    weights, gradients = {}, {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert isinstance(parameter.grad, DTensor)
+        weights[name] = parameter.full_tensor().detach().numpy()
+        gradients[name] = parameter.grad.full_tensor().numpy()
+    return groups.sum_over_data(loss).item() / groups.dp.size, weights, gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fsdp_over_dtensors_equals_one_process(family: str) -> None:
+    results = run_ranks(WORLD, _fully_sharded, family, False)
+    groups, arch = single_process(), FAMILIES[family]
+    model = build(arch, dtype=torch.float64).train()
+    loss = sum(loss_of(model, arch, groups, ModelInputs(), seed=seed) for seed in range(2)) / 2
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for mean_loss, _, gradients in results:
+        assert mean_loss == pytest.approx(loss.item(), rel=TOLERANCE)
+        errors = gradient_errors({name: torch.from_numpy(g) for name, g in gradients.items()}, expected)
+        assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_weights_of_a_model_sharded_on_the_meta_device_are_the_same() -> None:
+    """A model too large for one device is sharded before it has weights."""
+    arch = FAMILIES["gpt"]
+    weights = run_ranks(WORLD, _fully_sharded, "gpt", True)[0][1]
+    expected = GPT(arch, ops=reference_ops(), groups=single_process(), dtype=torch.float64)
+    initialise_parameters(expected, arch, single_process(), SEED)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(torch.from_numpy(weights[name]), parameter), name
+
+
+def test_parameters_that_do_not_divide_are_refused() -> None:
+    message = r"--tensor-model-parallel-size is 4, but the model has 2 kv heads \(--num-key-value-heads\)"
+    run_ranks(WORLD, _refused, message)
+
+
+def _refused(message: str) -> None:
+    groups = build_groups(Topology(WORLD, tp=4), "cpu")
+    with pytest.raises(ValueError, match=message):
+        GPT(replace(FAMILIES["llama"], num_kv_heads=2), ops=reference_ops(), groups=groups)
+
+
+def test_relative_error_sees_a_difference() -> None:
+    assert relative_error(torch.tensor([1.0, 2.2]), torch.tensor([1.0, 2.0])) == pytest.approx(0.1)
