@@ -133,7 +133,8 @@ def attention(
         scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * positions
     visible = visible_keys(q.shape[0], q.device, document_ids=document_ids, window=window)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    weights = F.dropout(weights, dropout_p)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
     return (weights @ values).permute(2, 0, 1, 3).contiguous().to(q.dtype)
 
 
@@ -210,7 +211,9 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, p: float,
     """
     checks.bias_dropout_add(x, bias, residual, p, training)
     shifted = x if bias is None else x + bias
-    return (residual + F.dropout(shifted, p, training)).to(residual.dtype)
+    if training and p > 0.0:
+        shifted = F.dropout(shifted, p)
+    return (residual + shifted).to(residual.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

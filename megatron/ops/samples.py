@@ -1,0 +1,194 @@
+"""Arguments to try every operation on, and the results and gradients that come out: for the checks and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ADAMW_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One call. The first `gradients` arguments are differentiated."""
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    gradients: int
+
+    def to(self, dtype: torch.dtype) -> Sample:
+        """The same numbers with floating point tensors in another dtype."""
+
+        def convert(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        kwargs = {name: convert(value) for name, value in self.kwargs.items()}
+        return replace(self, args=tuple(convert(value) for value in self.args), kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where sample tensors come from: drawn on the host in float32, so that every device and dtype sees the same."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+
+def samples(op: str, dtype: torch.dtype, device: torch.device, *, large: bool, seed: int = 0) -> tuple[Sample, ...]:
+    """Calls of an operation.
+
+    Args:
+        op: its name.
+        dtype: of the floating point arguments.
+        device: where they lie.
+        large: one call of training size for timing, instead of small calls that cover every argument.
+        seed: of the random numbers.
+    """
+    source = _Source(dtype, device, torch.Generator().manual_seed(seed))
+    return _MAKERS[op](source, 512)[:1] if large else _MAKERS[op](source, 96)
+
+
+def evaluate(op: str, function: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    """The result of a call, then the gradients of its differentiated arguments under a fixed weighting of the result.
+
+    For an optimizer: the parameters after a few steps.
+    """
+    if op == "adamw":
+        return _train(function, sample)
+    inputs = [argument.detach().requires_grad_() for argument in sample.args[: sample.gradients]]
+    result: Tensor = function(*inputs, *sample.args[sample.gradients :], **sample.kwargs)
+    weighting = torch.linspace(-1.0, 1.0, result.numel(), device=result.device).view(result.shape).to(result.dtype)
+    gradients = torch.autograd.grad(result, inputs, weighting)
+    return [result.detach(), *gradients]
+
+
+def relative_error(actual: list[Tensor], oracle: list[Tensor]) -> float:
+    """Largest difference over all tensors, relative to the largest value of the tensor in the oracle; NaN stays."""
+    errors = [
+        (mine.double() - true.double()).abs().max() / true.double().abs().max().clamp_min(1e-30)
+        for mine, true in zip(actual, oracle, strict=True)
+    ]
+    return torch.stack(errors).max().item()
+
+
+def _train(factory: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    half = len(sample.args) // 2
+    parameters = [value.clone().requires_grad_() for value in sample.args[:half]]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+    optimizer = factory(groups, **sample.kwargs)
+    for step in range(_ADAMW_STEPS):
+        for parameter, gradient in zip(parameters, sample.args[half:], strict=True):
+            parameter.grad = gradient * (step + 1)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def _rms_norm(source: _Source, s: int) -> tuple[Sample, ...]:
+    return (Sample(label="", args=(source.normal(s, 2, 512), source.normal(512), 1e-5), gradients=2),)
+
+
+def _layer_norm(source: _Source, s: int) -> tuple[Sample, ...]:
+    x, weight, bias = source.normal(s, 2, 512), source.normal(512), source.normal(512)
+    return (
+        Sample(label="", args=(x, weight, bias, 1e-5), gradients=3),
+        Sample(label="no bias", args=(x, weight, None, 1e-5), gradients=2),
+    )
+
+
+def _rotary(source: _Source, s: int) -> tuple[Sample, ...]:
+    x = source.normal(s, 2, 8, 64)
+    calls = []
+    for label, channels, batch, interleaved in (
+        ("", 64, 1, False),
+        ("partial", 32, 1, False),
+        ("interleaved", 64, 1, True),
+        ("per sequence", 64, 2, False),
+    ):
+        angles = source.normal(s, batch, 1, channels // 2)
+        pairs = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+        calls.append(Sample(label=label, args=(x, pairs.cos(), pairs.sin(), interleaved), gradients=1))
+    return tuple(calls)
+
+
+def _attention(source: _Source, s: int) -> tuple[Sample, ...]:
+    s = s if s > 256 else 150  # small calls still span two blocks, the second one incomplete
+    q, k, v = source.normal(s, 2, 8, 64), source.normal(s, 2, 8, 64), source.normal(s, 2, 8, 64)
+    documents = (torch.arange(s, device=source.device) // 60).expand(2, -1)
+    slopes = 2.0 ** -torch.arange(1.0, 9.0, device=source.device)
+    rules: dict[str, dict[str, Any]] = {
+        "": {},
+        "documents": {"document_ids": documents},
+        "alibi": {"alibi_slopes": slopes},
+        "window": {"window": 40},
+        "all": {"document_ids": documents, "alibi_slopes": slopes, "window": 40},
+    }
+    calls = [
+        Sample(label=label, args=(q, k, v), kwargs={"scale": 0.125, **kwargs}, gradients=3)
+        for label, kwargs in rules.items()
+    ]
+    grouped = (q, k[:, :, :2].contiguous(), v[:, :, :2].contiguous())
+    return (*calls, Sample(label="grouped", args=grouped, kwargs={"scale": 0.125, "window": 40}, gradients=3))
+
+
+def _gated(source: _Source, s: int) -> tuple[Sample, ...]:
+    return (Sample(label="", args=(source.normal(s, 2, 1376), source.normal(s, 2, 1376)), gradients=2),)
+
+
+def _bias_gelu(source: _Source, s: int) -> tuple[Sample, ...]:
+    x, bias = source.normal(s, 2, 1376), source.normal(1376)
+    return (
+        Sample(label="tanh", args=(x, bias, "tanh"), gradients=2),
+        Sample(label="exact", args=(x, bias, "none"), gradients=2),
+        Sample(label="no bias", args=(x, None, "tanh"), gradients=1),
+    )
+
+
+def _activation(source: _Source, s: int) -> tuple[Sample, ...]:
+    return (Sample(label="", args=(source.normal(s, 2, 1376),), gradients=1),)
+
+
+def _bias_dropout_add(source: _Source, s: int) -> tuple[Sample, ...]:
+    x, bias, residual = source.normal(s, 2, 512), source.normal(512), source.normal(s, 2, 512)
+    return (Sample(label="", args=(x, bias, residual, 0.0, True), gradients=3),)
+
+
+def _cross_entropy(source: _Source, s: int) -> tuple[Sample, ...]:
+    vocabulary = 8192 if s > 256 else 67
+    return (Sample(label="", args=(source.normal(s, 2, vocabulary), source.integers(vocabulary, s, 2)), gradients=1),)
+
+
+def _adamw(source: _Source, s: int) -> tuple[Sample, ...]:
+    shapes = ((s, 2048), (s,))
+    values = [source.normal(*shape) for shape in (*shapes, *shapes)]
+    return (Sample(label="", args=tuple(values), kwargs={"lr": 1e-2, "weight_decay": 0.1}, gradients=0),)
+
+
+_MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingProxyType(
+    {
+        "rms_norm": _rms_norm,
+        "layer_norm": _layer_norm,
+        "rotary": _rotary,
+        "attention": _attention,
+        "swiglu": _gated,
+        "geglu": _gated,
+        "bias_gelu": _bias_gelu,
+        "squared_relu": _activation,
+        "relu": _activation,
+        "bias_dropout_add": _bias_dropout_add,
+        "cross_entropy": _cross_entropy,
+        "adamw": _adamw,
+    }
+)
