@@ -22,7 +22,11 @@ class _Kind:
     fields: frozenset[str] = frozenset()
 
 
-_HF = _Kind("folder", "load_huggingface", fields=frozenset({"eod_token", "hf_use_fast", "hf_include_special_tokens"}))
+_HF = _Kind(
+    "folder",
+    "load_huggingface",
+    fields=frozenset({"model", "eod_token", "hf_use_fast", "hf_include_special_tokens"}),
+)
 # Modules are imported when a type is asked for: each needs a library that the others do not.
 _KINDS = {
     "HuggingFaceTokenizer": _HF,
@@ -51,6 +55,7 @@ _REFUSED = {
     "SFTTokenizer": "chat formatting is not part of a tokenizer here; use HuggingFaceTokenizer on the same files",
 }
 _FLAGS = {
+    "model": "--tokenizer-model",
     "vocab_file": "--vocab-file",
     "merge_file": "--merge-file",
     "vocab_extra_ids": "--vocab-extra-ids",
@@ -104,9 +109,10 @@ def _refuse_unused(settings: TokenizerSettings, kind: _Kind) -> None:
     """A setting that this type does not read would otherwise be ignored in silence."""
     neutral = TokenizerSettings(type=settings.type)
     changed = [name for name in _FLAGS if getattr(settings, name) != getattr(neutral, name)]
-    unused = [_FLAGS[name] for name in changed if name not in kind.fields]
+    used = kind.fields | ({"model"} if kind.takes_file else set())
+    unused = [_FLAGS[name] for name in changed if name not in used]
     if unused:
-        takes = ", ".join(_FLAGS[name] for name in sorted(kind.fields)) or "no further flags"
+        takes = ", ".join(flag for name, flag in _FLAGS.items() if name in used)
         raise TokenizerError(f"{settings.type} has no use for {', '.join(unused)}; it takes {takes}. Leave it out")
 
 
