@@ -101,9 +101,7 @@ def training_flops(
     """
     layers = arch.num_layers if recomputed_layers is None else recomputed_layers
     if not 0 <= layers <= arch.num_layers:
-        raise ValueError(
-            f"{layers} recomputed layers asked of a model with {arch.num_layers}; see --recompute-num-layers"
-        )
+        raise ValueError(f"{layers} recomputed layers asked of a model with {arch.num_layers}")
     forward = forward_flops(arch, seq_length)
     per_layer = {
         "none": 0,

@@ -14,6 +14,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 
+class SignalError(ValueError):
+    """A signal that does not exist or cannot be waited for."""
+
+
 class Cause(IntEnum):
     """Why to leave; of several the largest wins."""
 
@@ -51,7 +55,7 @@ def parse_signal(name: str | int) -> signal.Signals:
     """The signal of a name (`SIGTERM`, `TERM`, `15`).
 
     Raises:
-        ValueError: there is no such signal, or a process cannot catch it.
+        SignalError: there is no such signal, or a process cannot catch it.
     """
     text = str(name).upper()
     known = {member.name: member for member in signal.Signals}
@@ -60,9 +64,11 @@ def parse_signal(name: str | int) -> signal.Signals:
     else:
         found = known.get(text) or known.get("SIG" + text)
     if found is None:
-        raise ValueError(f"--exit-signal is {name!r}; allowed: {', '.join(known)}")
+        raise SignalError(f"--exit-signal is {name!r}; allowed: {', '.join(known)}")
     if found in (signal.SIGKILL, signal.SIGSTOP):
-        raise ValueError(f"--exit-signal is {found.name}, which a process cannot catch; use SIGTERM, SIGINT or SIGUSR1")
+        raise SignalError(
+            f"--exit-signal is {found.name}, which a process cannot catch; use SIGTERM, SIGINT or SIGUSR1"
+        )
     return found
 
 

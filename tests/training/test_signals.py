@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.training.signals import Cause, Exit, ExitRules, SignalFlag, decide_exit, parse_signal
+from megatron.training.signals import Cause, Exit, ExitRules, SignalError, SignalFlag, decide_exit, parse_signal
 from tests.support import run_ranks
 
 
@@ -79,7 +79,7 @@ def test_parse_signal(name: str) -> None:
     ("name", "message"), [("SIGNONE", "allowed: SIG"), ("999", "allowed"), ("KILL", "cannot catch")]
 )
 def test_parse_signal_refuses(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SignalError, match=message):
         parse_signal(name)
 
 
