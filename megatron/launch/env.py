@@ -85,14 +85,14 @@ PLAIN = Family(
     variables=(
         value("PRESET", "--preset", "published model, for instance llama3.1-8b"),
         value("DEVICE", "--device", "device to run on: auto, cuda, cpu, ..."),
-        choice("ENGINE", {"native": (), "deepspeed": ("--deepspeed",)}, "training engine"),
-        choice("PRECISION", {"fp32": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}, "number format of the computation"),
+        choice("ENGINE", {"native": (), "deepspeed": ("--deepspeed",)}, "training engine: native or deepspeed"),
+        choice("PRECISION", {"fp32": (), "bf16": ("--bf16",), "fp16": ("--fp16",)}, "fp32, bf16 or fp16"),
         value("ZERO_STAGE", "--zero-stage", "what is sharded over the data-parallel ranks: 0 to 3"),
         value("TP", "--tensor-model-parallel-size", "ranks that share each layer"),
         value("PP", "--pipeline-model-parallel-size", "pipeline stages"),
         value("CP", "--context-parallel-size", "ranks that share each sequence"),
         value("DP", "--data-parallel-size", "copies of the model; sets the number of processes"),
-        switch("SEQUENCE_PARALLEL", "--sequence-parallel", "shard activations between layers over the TP ranks"),
+        switch("SEQUENCE_PARALLEL", "--sequence-parallel", "1 shards activations between layers over the TP ranks"),
         words(
             *("DATA_PATH", "--data-path", "prefix of .bin/.idx, or weight and prefix by turns"),
             also_decides=("--train-data-path", "--valid-data-path", "--test-data-path"),
@@ -123,7 +123,7 @@ PLAIN = Family(
         choice(
             "LAUNCHER",
             {name: ("--launcher", name) for name in ("torchrun", "deepspeed", "srun", "mpirun")},
-            "program that starts the processes",
+            "torchrun, deepspeed, srun or mpirun",
         ),
         value("SCRIPT", "--script", "program to start; pretrain_gpt.py unless given"),
         value("NPROC", "--nproc-per-node", "processes on each node"),
