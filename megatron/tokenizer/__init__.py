@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.tokenizer.base import TextError, Tokenizer, TokenizerError
 from megatron.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
-from megatron.tokenizer.fit import check_fits, token_dtype
+from megatron.tokenizer.fit import check_fits
 from megatron.tokenizer.settings import TokenizerSettings
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "TokenizerSettings",
     "build_tokenizer",
     "check_fits",
-    "token_dtype",
 ]

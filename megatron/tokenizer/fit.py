@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
+import numpy.typing as npt
 
-from megatron.tokenizer.base import TokenizerError
-
-_UINT16_LIMIT = 65500
-
-
-class Sized(Protocol):
-    """What the checks need to know of a tokenizer."""
-
-    name: str
-    vocab_size: int
+from megatron.tokenizer.base import Tokenizer, TokenizerError
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
-    """The type of ids on disk, by Megatron's rule: uint16 for fewer than 65500 tokens, int32 otherwise."""
-    return np.dtype(np.uint16 if vocab_size < _UINT16_LIMIT else np.int32)
-
-
-def check_fits(tokenizer: Sized, *, max_id: int, dtype: np.dtype[np.integer], dataset: str) -> None:
+def check_fits(tokenizer: Tokenizer, *, max_id: int, dtype: npt.DTypeLike, dataset: str) -> None:
     """Refuse a dataset that another tokenizer must have written.
 
     Args:
@@ -43,6 +28,6 @@ def check_fits(tokenizer: Sized, *, max_id: int, dtype: np.dtype[np.integer], da
         )
     if np.iinfo(dtype).max < tokenizer.vocab_size - 1:
         raise TokenizerError(
-            f"{dataset} stores ids as {dtype}, at most {np.iinfo(dtype).max}, but {tokenizer.name} has "
+            f"{dataset} stores ids as {np.dtype(dtype)}, at most {np.iinfo(dtype).max}, but {tokenizer.name} has "
             f"{tokenizer.vocab_size} ids: it was written with another tokenizer. Preprocess it again"
         )

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron.data.preprocess.errors import WorkerError
-from megatron.data.preprocess.pool import ordered_map
+from megatron.data.preprocess.pool import WorkerError, ordered_map
 
 
 def slow_square() -> Callable[[int], int]:

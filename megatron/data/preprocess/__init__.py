@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.data.preprocess.encode import EncodePlan
-from megatron.data.preprocess.errors import PreprocessError, WorkerError
+from megatron.data.preprocess.pool import WorkerError
 from megatron.data.preprocess.run import PreprocessSettings, Summary, preprocess
 
-__all__ = ["EncodePlan", "PreprocessError", "PreprocessSettings", "Summary", "WorkerError", "preprocess"]
+__all__ = ["EncodePlan", "PreprocessSettings", "Summary", "WorkerError", "preprocess"]

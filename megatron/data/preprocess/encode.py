@@ -10,8 +10,9 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from megatron.data.index_file import token_dtype
 from megatron.data.preprocess.inputs import Chunk, RecordKind, records
-from megatron.tokenizer import TextError, Tokenizer, TokenizerSettings, build_tokenizer, token_dtype
+from megatron.tokenizer import TextError, Tokenizer, TokenizerSettings, build_tokenizer
 
 # More texts at a time make encode_batch no faster, and keep more results of the library in memory.
 _BATCH = 128

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from megatron.data.preprocess.errors import PreprocessError
+from megatron.data.errors import DataError
 
 RecordKind = Literal["json", "line", "file"]
 
@@ -44,17 +44,17 @@ def find_inputs(patterns: Iterable[str]) -> list[Path]:
     """The files that paths and glob patterns name, in order; the matches of one pattern are sorted.
 
     Raises:
-        PreprocessError: a pattern matches nothing, or names something that is not a file.
+        DataError: a pattern matches nothing, or names something that is not a file.
     """
     files: list[Path] = []
     for pattern in patterns:
         # Path.glob takes no absolute patterns, which is what people give.
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         if not found:
-            raise PreprocessError(f"--input {pattern}: no such file, and no file matches it as a pattern")
+            raise DataError(f"--input {pattern}: no such file, and no file matches it as a pattern")
         for path in map(Path, found):
             if not path.is_file():
-                raise PreprocessError(f"--input {path} is not a file; for a folder give a pattern such as '{path}/*'")
+                raise DataError(f"--input {path} is not a file; for a folder give a pattern such as '{path}/*'")
             files.append(path)
     return files
 
@@ -66,7 +66,7 @@ def read_chunks(file: Path, *, text_unit: Literal["line", "file"]) -> Iterator[C
     hold one JSON object per line. Only a line longer than a chunk makes a chunk larger than `CHUNK_BYTES`.
 
     Raises:
-        PreprocessError: the file cannot be read, or is a damaged .gz.
+        DataError: the file cannot be read, or is a damaged .gz.
     """
     kind = _kind(file, text_unit)
     line, consumed = 1, 0
@@ -74,14 +74,14 @@ def read_chunks(file: Path, *, text_unit: Literal["line", "file"]) -> Iterator[C
         with file.open("rb") as raw, _decompressed(raw) as stream:
             while data := _read_piece(stream, whole=kind == "file"):
                 if line == 1 and kind == "json" and data.lstrip()[:1] == b"[":
-                    raise PreprocessError(
+                    raise DataError(
                         f"{file} is one JSON array; write one object per line instead (jq -c '.[]' {file} > {file}l)"
                     )
                 position = raw.tell()
                 yield Chunk(source=str(file), first_line=line, kind=kind, data=data, consumed=position - consumed)
                 line, consumed = line + data.count(b"\n"), position
     except (OSError, EOFError, zlib.error) as error:
-        raise PreprocessError(f"{file} cannot be read to its end, near line {line}: {error}") from error
+        raise DataError(f"{file} cannot be read to its end, near line {line}: {error}") from error
 
 
 def _kind(file: Path, text_unit: Literal["line", "file"]) -> RecordKind:

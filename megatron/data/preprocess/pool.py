@@ -11,14 +11,16 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
-from megatron.data.preprocess.errors import WorkerError
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 # Results that wait for an earlier one, per worker. They are what memory is bounded by.
 _AHEAD = 4
 _SECONDS_TO_END = 5.0
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed or ended before its work was done."""
 
 
 def ordered_map(make: Callable[[], Callable[[Job], Result]], jobs: Iterable[Job], *, workers: int) -> Iterator[Result]:

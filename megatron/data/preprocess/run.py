@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron.data.errors import DataError
+from megatron.data.index_file import token_dtype
+from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.data.preprocess.encode import BadRecord, Documents, Encoded, EncodePlan, Encoder
-from megatron.data.preprocess.errors import PreprocessError
 from megatron.data.preprocess.inputs import find_inputs, read_chunks
 from megatron.data.preprocess.pool import ordered_map
 from megatron.data.preprocess.progress import Progress
-from megatron.tokenizer import build_tokenizer, token_dtype
+from megatron.tokenizer import build_tokenizer
 
 _EXAMPLES = 10
-
-
-class DatasetWriter(Protocol):
-    """Writes one dataset. Leaving it as a context without `finalize` leaves nothing behind."""
-
-    def add_document(self, tokens: npt.NDArray[np.integer]) -> None:
-        """Append a document of one sequence."""
-        ...
-
-    def finalize(self) -> None:
-        """Publish both files under their final names."""
-        ...
-
-
-OpenWriter = Callable[[Path, "np.dtype[np.integer]"], AbstractContextManager[DatasetWriter]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +51,9 @@ class PreprocessSettings:
         """Refuse numbers and keys that make no sense."""
         for flag, number in (("--workers", self.workers), ("--log-interval", self.log_interval)):
             if number < 1:
-                raise PreprocessError(f"{flag} {number}: must be at least 1")
+                raise DataError(f"{flag} {number}: must be at least 1")
         if len(set(self.plan.keys)) != len(self.plan.keys):
-            raise PreprocessError(f"--json-keys names a key twice: {' '.join(self.plan.keys)}")
+            raise DataError(f"--json-keys names a key twice: {' '.join(self.plan.keys)}")
 
 
 @dataclass(kw_only=True)
@@ -100,41 +86,41 @@ class Summary:
             yield f"  ... and {self.skipped.total() - len(self.examples)} more"
 
 
-def preprocess(settings: PreprocessSettings, *, open_writer: OpenWriter, log: TextIO) -> Summary:
+def preprocess(settings: PreprocessSettings, *, log: TextIO) -> Summary:
     """Encode all inputs and publish one dataset per key; on any error, none.
 
     Args:
         settings: what to do.
-        open_writer: opens a dataset for writing, from its prefix and the type of its ids.
         log: where progress is written.
 
     Raises:
-        PreprocessError: an input cannot be read, a record is bad and `on_error` is `fail`, or there is no document.
+        DataError: an input cannot be read, a record is bad and `on_error` is `fail`, or there is no document.
         TokenizerError: the tokenizer cannot be built.
         WorkerError: a worker process failed.
     """
     files = find_inputs(settings.inputs)
     keys = settings.plan.keys
     if keys != ("text",) and any(file.name.removesuffix(".gz").endswith(".txt") for file in files):
-        raise PreprocessError(f"--json-keys {' '.join(keys)}: .txt files have no keys; leave the flag out for them")
+        raise DataError(f"--json-keys {' '.join(keys)}: .txt files have no keys; leave the flag out for them")
     dtype = token_dtype(build_tokenizer(settings.plan.tokenizer).vocab_size)
     summary = Summary(prefixes={key: Path(f"{settings.output_prefix}_{key}_document") for key in keys})
     progress = Progress(log, total_bytes=sum(file.stat().st_size for file in files), log_interval=settings.log_interval)
+    Path(settings.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     chunks = chain.from_iterable(read_chunks(file, text_unit=settings.text_unit) for file in files)
     with ExitStack() as stack:
         stack.callback(progress.close)
-        writers = {key: stack.enter_context(open_writer(prefix, dtype)) for key, prefix in summary.prefixes.items()}
+        writers = {
+            key: stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for key, prefix in summary.prefixes.items()
+        }
         for encoded in ordered_map(partial(Encoder, settings.plan), chunks, workers=settings.workers):
             if encoded.bad and settings.on_error == "fail":
-                raise PreprocessError(f"{encoded.bad[0]}. --on-error skip leaves such records out and counts them")
+                raise DataError(f"{encoded.bad[0]}. --on-error skip leaves such records out and counts them")
             for key, documents in encoded.documents.items():
                 _write(writers[key], documents)
             summary.count(encoded)
             progress.add(documents=_count(encoded), text_bytes=encoded.text_bytes, consumed=encoded.consumed)
         if not summary.documents:
-            raise PreprocessError("\n".join([f"no documents in {_names(files)}", *summary.skipped_lines()]))
-        for writer in writers.values():
-            writer.finalize()
+            raise DataError("\n".join([f"no documents in {_names(files)}", *summary.skipped_lines()]))
     summary.last_line = progress.line()
     return summary
 
@@ -144,7 +130,7 @@ def _count(encoded: Encoded) -> int:
     return max(len(documents.lengths) for documents in encoded.documents.values())
 
 
-def _write(writer: DatasetWriter, documents: Documents) -> None:
+def _write(writer: IndexedDatasetWriter, documents: Documents) -> None:
     ends = np.cumsum(documents.lengths)
     for end, length in zip(ends, documents.lengths, strict=True):
         writer.add_document(documents.tokens[end - length : end])
