@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from megatron.model.gpt import GPT, ModelInputs
+from megatron.model.gpt import GPT, ModelInputs, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
-from megatron.mpu.groups import build_groups, single_process
+from megatron.mpu.groups import ProcessGroups, build_groups, single_process
 from megatron.mpu.sharding import shard_dim
 from megatron.mpu.topology import Topology
 from megatron.ops import reference_ops
-from tests.model.helpers import FAMILIES, SEED, build, gradient_errors, loss_of, perturb, relative_error
+from tests.model.helpers import FAMILIES, SEED, build, gradient_errors, loss_of, relative_error
 from tests.support import run_ranks
 
 WORLD = 4
@@ -93,54 +92,62 @@ def test_tensor_parallel_equals_one_process(family: str, kind: str, parallel: di
         assert max(errors.values()) < TOLERANCE, errors
 
 
-def _fully_sharded(family: str, meta: bool) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Mean loss, all weights and all gradients at DP2 x TP2, each data-parallel rank with a batch of its own."""
-    groups = build_groups(Topology(WORLD, tp=2), "cpu")
-    arch = FAMILIES[family]
-    device = torch.device("meta") if meta else None
-    model = GPT(
-        arch, ops=reference_ops(), groups=groups, sequence_parallel=True, dtype=torch.float64, device=device
-    ).train()
-    if not meta:
-        initialise_parameters(model, arch, groups, SEED)
-        perturb(model, groups)
+def _fully_shard(model: GPT, groups: ProcessGroups) -> None:
     assert groups.mesh is not None
     to_dtensors(model, groups.mesh)
     for module in (*model.layers.values(), model):
         fully_shard(module, mesh=groups.data_parallel_mesh())
-    if meta:
-        model.to_empty(device="cpu")
-        initialise_parameters(model, arch, groups, SEED)
-    loss = loss_of(model, arch, groups, ModelInputs(), seed=groups.dp.rank)
-    loss.backward()
-    weights, gradients = {}, {}
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        assert isinstance(parameter.grad, DTensor)
-        weights[name] = parameter.full_tensor().detach().numpy()
-        gradients[name] = parameter.grad.full_tensor().numpy()
-    return groups.sum_over_data(loss).item() / groups.dp.size, weights, gradients
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fsdp_over_dtensors_equals_one_process(family: str) -> None:
-    results = run_ranks(WORLD, _fully_sharded, family, False)
-    groups, arch = single_process(), FAMILIES[family]
-    model = build(arch, dtype=torch.float64).train()
-    loss = sum(loss_of(model, arch, groups, ModelInputs(), seed=seed) for seed in range(2)) / 2
-    loss.backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    for mean_loss, _, gradients in results:
-        assert mean_loss == pytest.approx(loss.item(), rel=TOLERANCE)
-        errors = gradient_errors({name: torch.from_numpy(g) for name, g in gradients.items()}, expected)
-        assert max(errors.values()) < TOLERANCE, errors
+def _fully_sharded(families: list[str], recompute: RecomputePlan) -> list[Result]:
+    """Mean loss and all gradients at DP2 x TP2, each data-parallel rank with a batch of its own."""
+    groups = build_groups(Topology(WORLD, tp=2), "cpu")
+    results = []
+    for family in families:
+        arch = FAMILIES[family]
+        model = build(arch, groups, sequence_parallel=True, dtype=torch.float64, recompute=recompute).train()
+        _fully_shard(model, groups)
+        loss = loss_of(model, arch, groups, ModelInputs(), seed=groups.dp.rank)
+        loss.backward()
+        gradients = {name: p.grad.full_tensor().numpy() for name, p in model.named_parameters()}
+        results.append((groups.sum_over_data(loss).item() / groups.dp.size, gradients))
+    return results
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [RecomputePlan(), RecomputePlan(granularity="selective"), RecomputePlan(granularity="full", num_layers=2)],
+    ids=lambda plan: plan.granularity,
+)
+def test_fsdp_over_dtensors_equals_one_process(recompute: RecomputePlan) -> None:
+    results = run_ranks(WORLD, _fully_sharded, list(FAMILIES), recompute)
+    groups = single_process()
+    for at, (family, arch) in enumerate(FAMILIES.items()):
+        model = build(arch, dtype=torch.float64).train()
+        loss = sum(loss_of(model, arch, groups, ModelInputs(), seed=seed) for seed in range(2)) / 2
+        loss.backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        for rank in results:
+            mean_loss, gradients = rank[at]
+            assert mean_loss == pytest.approx(loss.item(), rel=TOLERANCE)
+            errors = gradient_errors({name: torch.from_numpy(g) for name, g in gradients.items()}, expected)
+            assert max(errors.values()) < TOLERANCE, (family, errors)
+
+
+def _sharded_before_initialisation() -> dict[str, np.ndarray]:
+    groups, arch = build_groups(Topology(WORLD, tp=2), "cpu"), FAMILIES["gpt"]
+    model = GPT(arch, ops=reference_ops(), groups=groups, device=torch.device("meta"))
+    _fully_shard(model, groups)
+    model.to_empty(device="cpu")
+    initialise_parameters(model, arch, groups, SEED)
+    return {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
 
 
 def test_weights_of_a_model_sharded_on_the_meta_device_are_the_same() -> None:
     """A model too large for one device is sharded before it has weights."""
     arch = FAMILIES["gpt"]
-    weights = run_ranks(WORLD, _fully_sharded, "gpt", True)[0][1]
-    expected = GPT(arch, ops=reference_ops(), groups=single_process(), dtype=torch.float64)
+    weights = run_ranks(WORLD, _sharded_before_initialisation)[0]
+    expected = GPT(arch, ops=reference_ops(), groups=single_process())
     initialise_parameters(expected, arch, single_process(), SEED)
     for name, parameter in expected.named_parameters():
         assert torch.equal(torch.from_numpy(weights[name]), parameter), name
