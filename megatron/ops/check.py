@@ -24,7 +24,7 @@ from megatron import accelerators
 from megatron.accelerators import Accelerator
 from megatron.ops import reference
 from megatron.ops.registry import OPERATIONS, Implementation, implementations
-from megatron.ops.samples import evaluate, relative_error, samples
+from megatron.ops.samples import prepare, relative_error, samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ def measure_error(implementation: Implementation, dtype: torch.dtype, device: to
     definition = getattr(reference, implementation.op)
     errors = []
     for sample in samples(implementation.op, dtype, device, large=False):
-        actual = evaluate(implementation.op, implementation.function, sample)
-        oracle = evaluate(implementation.op, definition, sample.to(torch.float64))
+        actual = prepare(implementation.op, implementation.function, sample)()
+        oracle = prepare(implementation.op, definition, sample.to(torch.float64))()
         errors.append(relative_error(actual, oracle))
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
@@ -62,14 +62,15 @@ def measure_speed(
     """Median seconds per implementation name, forward and backward, the candidates taking turns."""
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     sample = samples(candidates[0].op, dtype, device, large=True)[0]
+    calls = {candidate.name: prepare(candidate.op, candidate.function, sample) for candidate in candidates}
     for run in range(runs + 1):
-        for candidate in candidates:
+        for name, call in calls.items():
             accelerator.synchronize()
             start = time.perf_counter()
-            evaluate(candidate.op, candidate.function, sample)
+            call()
             accelerator.synchronize()
             if run > 0:  # the first is for warming up
-                seconds[candidate.name].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

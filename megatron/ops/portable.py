@@ -39,12 +39,12 @@ class _LayerNorm(torch.autograd.Function):
         sums_here = x.dtype.itemsize < torch.float32.itemsize
         wanted = [True, not sums_here, not sums_here and bias is not None]
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean, scale, weight.to(x.dtype), shift, wanted
+            grad.contiguous(), x, x.shape[-1:], mean, scale, weight.to(x.dtype), shift, wanted
         )
         if sums_here:
-            normed = (x - mean.to(torch.float32)).mul_(scale)
+            normed = (x - mean.to(torch.float32)).mul_(scale.to(torch.float32))
             grad_weight = normed.mul_(grad).flatten(0, -2).sum(dim=0)
-            grad_bias = None if bias is None else grad.flatten(0, -2).sum(dim=0, dtype=torch.float32)
+            grad_bias = grad.flatten(0, -2).sum(dim=0, dtype=torch.float32)
         return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None
 
 
@@ -62,7 +62,8 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        result: Tensor = (x * scale).mul_(weight).to(x.dtype)
+        return result
 
     @staticmethod
     @once_differentiable

@@ -61,18 +61,24 @@ def samples(op: str, dtype: torch.dtype, device: torch.device, *, large: bool, s
     return _MAKERS[op](source, 512)[:1] if large else _MAKERS[op](source, 96)
 
 
-def evaluate(op: str, function: Callable[..., Any], sample: Sample) -> list[Tensor]:
-    """The result of a call, then the gradients of its differentiated arguments under a fixed weighting of the result.
+def prepare(op: str, function: Callable[..., Any], sample: Sample) -> Callable[[], list[Tensor]]:
+    """A call without arguments that runs the sample forward and backward, with everything else done beforehand.
 
-    For an optimizer: the parameters after a few steps.
+    It returns the result, then the gradients of the differentiated arguments under a fixed weighting of the result;
+    for an optimizer, the parameters after a few steps.
     """
     if op == "adamw":
-        return _train(function, sample)
+        return lambda: _train(function, sample)
     inputs = [argument.detach().requires_grad_() for argument in sample.args[: sample.gradients]]
-    result: Tensor = function(*inputs, *sample.args[sample.gradients :], **sample.kwargs)
-    weighting = torch.linspace(-1.0, 1.0, result.numel(), device=result.device).view(result.shape).to(result.dtype)
-    gradients = torch.autograd.grad(result, inputs, weighting)
-    return [result.detach(), *gradients]
+    rest = sample.args[sample.gradients :]
+    with torch.no_grad():
+        weighting = _weighting(function(*inputs, *rest, **sample.kwargs))
+
+    def run() -> list[Tensor]:
+        result: Tensor = function(*inputs, *rest, **sample.kwargs)
+        return [result.detach(), *torch.autograd.grad(result, inputs, weighting)]
+
+    return run
 
 
 def relative_error(actual: list[Tensor], oracle: list[Tensor]) -> float:
@@ -82,6 +88,12 @@ def relative_error(actual: list[Tensor], oracle: list[Tensor]) -> float:
         for mine, true in zip(actual, oracle, strict=True)
     ]
     return torch.stack(errors).max().item()
+
+
+def _weighting(result: Tensor) -> Tensor:
+    """Fixed random numbers of bfloat16 precision, so that they are the same in every dtype."""
+    numbers = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    return numbers.bfloat16().to(result.device, result.dtype)
 
 
 def _train(factory: Callable[..., Any], sample: Sample) -> list[Tensor]:
