@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.config.tokenizer import TokenizerConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
@@ -40,3 +42,23 @@ class TokenizerSettings:
     null_pad_id: int = -1
     hf_use_fast: bool = True
     hf_include_special_tokens: bool = True
+
+
+def settings_of_run(config: TokenizerConfig) -> TokenizerSettings:
+    """The tokenizer that a training run's flags ask for."""
+    return TokenizerSettings(
+        type=config.tokenizer_type,
+        model=config.tokenizer_model,
+        vocab_file=config.vocab_file,
+        merge_file=config.merge_file,
+        vocab_size=config.vocab_size,
+        vocab_extra_ids=config.vocab_extra_ids,
+        eod_token=config.eod_token,
+        special_tokens=config.special_tokens,
+        tiktoken_pattern=config.tiktoken_pattern,
+        tiktoken_num_special_tokens=config.tiktoken_num_special_tokens,
+        null_eod_id=config.null_tokenizer_eod_id,
+        null_pad_id=config.null_tokenizer_pad_id,
+        hf_use_fast=not config.tokenizer_hf_no_use_fast,
+        hf_include_special_tokens=not config.tokenizer_hf_no_include_special_tokens,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -12,7 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.tokenizer import TextError, TokenizerError, TokenizerSettings, build_tokenizer, check_fits
+from megatron.config.schema import options
+from megatron.config.tokenizer import TokenizerConfig
+from megatron.tokenizer import (
+    TextError,
+    TokenizerError,
+    TokenizerSettings,
+    build_tokenizer,
+    check_fits,
+    settings_of_run,
+)
+from megatron.tokenizer.flags import add_tokenizer_flags, tokenizer_settings
 from tests.tokenizer.conftest import EOD
 from tests.tokenizer.test_ids import build
 
@@ -168,3 +179,41 @@ def test_nothing_heavy_is_imported() -> None:
     code = f"import sys, megatron.tokenizer; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_flags_of_a_tool_and_of_a_run_give_the_same_settings() -> None:
+    words = (
+        "--tokenizer-type TikTokenizer --tokenizer-model m --vocab-file v --merge-file g --vocab-size 9 "
+        "--vocab-extra-ids 3 --eod-token e --tokenizer-special-tokens a b --tiktoken-pattern v1 "
+        "--tiktoken-num-special-tokens 7 --null-tokenizer-eod-id 5 --null-tokenizer-pad-id 4 "
+        "--tokenizer-hf-no-use-fast --tokenizer-hf-no-include-special-tokens"
+    )
+    parser = argparse.ArgumentParser()
+    add_tokenizer_flags(parser)
+    of_tool = tokenizer_settings(parser.parse_args(words.split()))
+    of_run = settings_of_run(
+        TokenizerConfig(
+            tokenizer_type="TikTokenizer",
+            tokenizer_model="m",
+            vocab_file="v",
+            merge_file="g",
+            vocab_size=9,
+            vocab_extra_ids=3,
+            eod_token="e",
+            special_tokens=("a", "b"),
+            tiktoken_pattern="v1",
+            tiktoken_num_special_tokens=7,
+            null_tokenizer_eod_id=5,
+            null_tokenizer_pad_id=4,
+            tokenizer_hf_no_use_fast=True,
+            tokenizer_hf_no_include_special_tokens=True,
+        )
+    )
+    assert of_tool == of_run
+    neutral = TokenizerSettings(type="NullTokenizer")
+    assert tokenizer_settings(parser.parse_args(["--tokenizer-type", "NullTokenizer"])) == neutral
+    assert settings_of_run(TokenizerConfig(tokenizer_type="NullTokenizer")) == neutral
+    # Every flag that a tool takes is also a flag of training.
+    flags = {name for action in parser._actions for name in action.option_strings} - {"-h", "--help"}
+    known = {name for option in options(TokenizerConfig) for name in option.names}
+    assert flags - known <= {"--tokenizer-not-use-fast"}

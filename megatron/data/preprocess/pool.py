@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,9 @@ class WorkerError(RuntimeError):
     """A worker process failed or ended before its work was done."""
 
 
-def ordered_map(make: Callable[[], Callable[[Job], Result]], jobs: Iterable[Job], *, workers: int) -> Iterator[Result]:
+def ordered_map(
+    make: Callable[[], Callable[[Job], Result]], jobs: Iterable[Job], *, workers: int
+) -> Generator[Result, None, None]:
     """Results of `make()(job)` in the order of the jobs.
 
     With one worker everything runs in this process. Otherwise each worker process calls `make` once, so `make` must be

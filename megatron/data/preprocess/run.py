@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -112,7 +112,10 @@ def preprocess(settings: PreprocessSettings, *, log: TextIO) -> Summary:
         writers = {
             key: stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for key, prefix in summary.prefixes.items()
         }
-        for encoded in ordered_map(partial(Encoder, settings.plan), chunks, workers=settings.workers):
+        encode = partial(Encoder, settings.plan)
+        # Closing ends the workers when a bad record ends the run, before the error travels on.
+        results = stack.enter_context(closing(ordered_map(encode, chunks, workers=settings.workers)))
+        for encoded in results:
             if encoded.bad and settings.on_error == "fail":
                 raise DataError(f"{encoded.bad[0]}. --on-error skip leaves such records out and counts them")
             for key, documents in encoded.documents.items():
