@@ -32,7 +32,6 @@ class DataConfig:
     num_workers: int = option(2, "Processes per rank that load data; 0 loads in the training process.", minimum=0)
     reset_position_ids: bool = option(False, "Positions start again after an end-of-document token.")
     reset_attention_mask: bool = option(False, "Attention does not cross an end-of-document token.")
-    dataloader_inter_document_masking: bool = option(False, "Same as --reset-attention-mask.")
     eod_mask_loss: bool = option(False, "No loss for end-of-document tokens.")
     train_data_exact_num_epochs: int | None = option(
         None, "Build the training samples from exactly this number of epochs.", minimum=1

@@ -15,19 +15,19 @@ class DeviceConfig:
     device: Literal["auto", "cpu", "cuda", "hpu", "npu", "neuron"] = option(
         "auto", "Kind of device. auto takes the first that is there."
     )
-    op: tuple[str, ...] = option((), "Implementation of an operation, as name=implementation; may be repeated.")
+    op: tuple[str, ...] = option(
+        (), "Implementation of an operation, as name=implementation; may be repeated.", repeat=True
+    )
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = option(
-        "auto", "Kind of attention kernel: flash and fused ask for one that keeps no score matrix."
+        "auto",
+        "Kind of attention kernel: flash and fused keep no score matrix, unfused and local are plain operations.",
     )
-    use_flash_attn_v1: bool = option(
-        False, "Same as --attention-backend flash.", "--use-flash-attn", aliases=("--use-flash-attn-v1",)
-    )
-    use_flash_attn_v2: bool = option(False, "Same as --attention-backend flash.")
-    use_flash_attn_triton: bool = option(False, "Same as --attention-backend flash.")
-    use_flash_attn_builder: bool = option(False, "Same as --attention-backend flash.")
-    use_fused_sdpa: bool | None = option(None, "Gaudi: fused attention kernel.", words=True)
-    use_fused_rmsnorm: bool | None = option(None, "Fused RMSNorm kernel of the device.", words=True)
     masked_softmax_fusion: bool = option(True, "Attention from plain operations.", "--no-masked-softmax-fusion")
-    bias_gelu_fusion: bool = option(True, "Exact GELU from plain operations.", "--no-bias-gelu-fusion")
+    bias_gelu_fusion: bool = option(
+        True, "Exact GELU from plain operations; the fused one is the tanh approximation.", "--no-bias-gelu-fusion"
+    )
     bias_dropout_fusion: bool = option(True, "Dropout and residual from plain operations.", "--no-bias-dropout-fusion")
+    use_fused_rmsnorm: bool | None = option(
+        None, "true: the device's fused RMSNorm or a refusal; false: plain operations.", words=True
+    )
     use_torch_compile: bool = option(False, "Compile each layer with torch.compile.", words=True)

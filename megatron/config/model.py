@@ -27,7 +27,6 @@ class ModelConfig:
         aliases=("--num-query-groups",),
         minimum=1,
     )
-    group_query_attention: bool = option(False, "Grouped-query attention; the number of groups is set beside it.")
     kv_channels: int = resolved(
         "Width of one attention head, in elements. Default: hidden size / query heads.", minimum=1
     )
@@ -44,11 +43,6 @@ class ModelConfig:
     position_embedding_type: Literal["learned_absolute", "rope", "alibi", "none"] = resolved(
         "How positions enter the model. Default: learned_absolute.",
         synonyms={"absolute": "learned_absolute", "learned": "learned_absolute", "rotary": "rope"},
-    )
-    use_rotary_position_embeddings: bool = option(False, "Same as --position-embedding-type rope.")
-    use_alibi_position_embeddings: bool = option(False, "Same as --position-embedding-type alibi.")
-    add_position_embedding: bool = option(
-        True, "No learned position embedding: same as --position-embedding-type none.", "--no-position-embedding"
     )
     rope_theta: int = option(
         10000,
@@ -80,10 +74,6 @@ class ModelConfig:
         "Activation of the feed-forward block. Default: gelu_tanh where bias and GELU are fused as in Megatron, "
         "otherwise gelu."
     )
-    swiglu: bool = option(False, "Same as --activation swiglu.")
-    glu_activation: Literal["geglu", "swiglu"] | None = option(None, "Same as --activation with this value.")
-    squared_relu: bool = option(False, "Same as --activation squared_relu.")
-    openai_gelu: bool = option(False, "Same as --activation gelu_tanh.")
 
     add_bias_linear: bool = option(True, "No bias in the linear layers.", "--disable-bias-linear")
     add_qkv_bias: bool = option(False, "A bias for query, key and value even without biases elsewhere.")
@@ -101,7 +91,6 @@ class ModelConfig:
         "--no-query-key-layer-scaling",
         opposites=("--apply-query-key-layer-scaling",),
     )
-    attention_softmax_in_fp32: bool = option(False, "Attention softmax in float32.")
     fp32_residual_connection: bool = option(False, "Keep the residual stream in float32.")
     init_method_std: float = option(
         0.02, "Standard deviation of the initial weights, in units of the weights.", minimum=0

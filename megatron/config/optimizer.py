@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.schema import derived, option, resolved
+from megatron.config.schema import option, resolved
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How weights change. Lengths of the schedule are also given in samples: `lr_decay_steps`, `lr_warmup_steps`."""
+    """How weights change. Lengths of the schedule have the unit of the run: iterations or samples."""
 
     optimizer: Literal["adam", "sgd", "adamw", "fusedadamw"] = option(
         "adam",
@@ -28,21 +28,18 @@ class OptimizerConfig:
         None, "Length of warm-up and decay, in samples. Default: the whole run.", minimum=1
     )
     lr_decay_tokens: int | None = option(None, "Length of warm-up and decay, in tokens; wins over samples.", minimum=1)
-    lr_decay_steps: int = derived()  # samples
     lr_warmup_fraction: float | None = option(
         None, "Fraction of the decay length that is warm-up, 0 to 1.", minimum=0, maximum=1
     )
     lr_warmup_iters: int = option(0, "Length of the linear warm-up, in iterations.", minimum=0)
     lr_warmup_samples: int = option(0, "Length of the linear warm-up, in samples.", minimum=0)
     lr_warmup_tokens: int | None = option(None, "Length of the linear warm-up, in tokens.", minimum=0)
-    lr_warmup_steps: int = derived()  # samples
     lr_warmup_init: float = option(0.0, "Learning rate at the start of the warm-up, per step.", minimum=0)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = option(
         "exponential", "Shape of the last phase of --lr-decay-style WSD."
     )
     lr_wsd_decay_iters: int | None = option(None, "Length of the last phase of WSD, in iterations.", minimum=1)
     lr_wsd_decay_samples: int | None = option(None, "Length of the last phase of WSD, in samples.", minimum=1)
-    lr_wsd_decay_steps: int | None = derived()  # samples
     override_opt_param_scheduler: bool = option(
         False,
         "Continue a loaded run with the schedule given here instead of the saved one.",

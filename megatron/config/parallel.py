@@ -25,6 +25,16 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "Interleaved pipeline: layers in one virtual stage.", minimum=1
     )
+    overlap_p2p_comm: bool = option(
+        False, "Pipeline: send and receive while layers compute.", "--overlap-p2p-communication"
+    )
+    standalone_embedding_stage: bool = option(False, "Pipeline: the embedding is a stage of its own.")
+    enable_zbh1_pipeline: bool = option(False, "Pipeline: zero-bubble schedule ZB-H1.")
+    enable_zbh1_exact_semantics: bool = option(False, "Pipeline: ZB-H1 with gradient clipping before the update.")
+    force_ds_sequence_parallel: bool = option(False, "Sequence parallelism by heads even with one rank.")
+    ds_sequence_parallel_fpdt: bool = option(False, "Sequence parallelism by heads, in chunks.")
+    ds_sequence_parallel_fpdt_chunk_size: int = option(65536, "Size of such a chunk, in tokens.", minimum=1)
+    ds_sequence_parallel_fpdt_offloading: bool = option(False, "Keep such chunks on the host.")
     no_pipeline_parallel: bool = option(False, "Refuse a pipeline of more than one stage.")
     sequence_parallel: bool = option(
         False, "Share norms and dropout among the tensor-parallel ranks along the sequence."
@@ -37,14 +47,6 @@ class ParallelConfig:
         choices=(0, 1, 2, 3),
     )
     zero_stage_native: int = derived()
-    use_distributed_optimizer: bool = option(False, "Native engine: shard optimizer state over data-parallel ranks.")
-    use_torch_fsdp2: bool = option(False, "Native engine: same as --zero-stage 3.")
-    overlap_grad_reduce: bool = option(
-        False, "Reduce gradients while the backward pass runs; always so where possible."
-    )
-    overlap_param_gather: bool = option(
-        False, "Gather parameters while the forward pass runs; always so where possible."
-    )
     num_distributed_optimizer_instances: int = option(
         1, "Copies of the sharded optimizer (hybrid sharding): groups of ranks.", minimum=1
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class Option:
     help: str
     opposites: tuple[str, ...] = ()  # switches only: spellings that set the other value
     many: Many | None = None
+    repeat: bool = False  # the flag may be given several times, and its values add up
     choices: tuple[Any, ...] = ()
     synonyms: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # lower-case word -> choice
     minimum: float | None = None
@@ -59,11 +61,27 @@ class Option:
                 value = int(text) if self.kind == "int" else float(text)
             except ValueError:
                 return Rejected(self.main, text, _NUMBERS[self.kind])
+            if not math.isfinite(value):
+                return Rejected(self.main, text, "a finite number")
         if self.choices and value not in self.choices:
             if text.lower() in self.synonyms:
                 return self.synonyms[text.lower()]
             return Rejected(self.main, text, "one of " + ", ".join(str(choice) for choice in self.choices))
         return value
+
+    def outside_limits(self, value: Any) -> str | None:
+        """A sentence if a number in `value` is below the minimum or above the maximum."""
+        limits = []
+        if self.minimum is not None:
+            limits.append(f"at least {self.minimum:g}")
+        if self.maximum is not None:
+            limits.append(f"at most {self.maximum:g}")
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        for number in value if isinstance(value, tuple) else (value,):
+            if limits and number is not None and not low <= number <= high:
+                return f"{self.main} {number}: must be {' and '.join(limits)}"
+        return None
 
     def words(self, value: Any) -> list[str]:
         """The words of a command line that set this option to `value`; none if they cannot."""
@@ -101,6 +119,7 @@ class _Spec:
     choices: tuple[Any, ...] = ()
     synonyms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     many: Many | None = None
+    repeat: bool = False
     minimum: float | None = None
     maximum: float | None = None
     words: bool = False
@@ -115,15 +134,15 @@ def option(default: Any, help: str, name: str | None = None, **rest: Any) -> Any
         help: one sentence, naming the unit of a number.
         name: main spelling; without it the field's name with dashes.
         rest: `aliases` and `opposites` (further spellings, same and other value), `choices`, `synonyms`,
-            `many` ("*" or "+"), `minimum`, `maximum`, `words` (a bool written as a word: `--x false`).
+            `many` ("*" or "+"), `repeat`, `minimum`, `maximum`, `words` (a bool written as a word: `--x false`).
     """
     spec = _Spec(help=help, default=default, names=(name,) if name else (), **rest)
     return dataclasses.field(default=default, metadata={_OPTION: spec})
 
 
-def resolved(help: str, name: str | None = None, **rest: Any) -> Any:
-    """A flag without a default: where it is not given, its value is computed from the other settings."""
-    spec = _Spec(help=help, default=None, names=(name,) if name else (), required=True, **rest)
+def resolved(help: str, name: str | None = None, *, default: Any = None, **rest: Any) -> Any:
+    """A flag whose value is computed from the other settings where it is not given; `default` is only documentation."""
+    spec = _Spec(help=help, default=default, names=(name,) if name else (), required=True, **rest)
     return dataclasses.field(metadata={_OPTION: spec})
 
 
@@ -154,6 +173,7 @@ def _option_of(dest: str, annotation: Any, spec: _Spec) -> Option:
         default=spec.default,
         help=spec.help,
         many=spec.many or many,
+        repeat=spec.repeat,
         choices=spec.choices or choices,
         synonyms={str(choice).lower(): choice for choice in spec.choices or choices} | dict(spec.synonyms),
         minimum=spec.minimum,

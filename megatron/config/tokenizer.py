@@ -34,6 +34,8 @@ class TokenizerConfig:
     vocab_file: str | None = option(None, "Vocabulary of a GPT-2 tokenizer (vocab.json).")
     merge_file: str | None = option(None, "Merges of a GPT-2 tokenizer (merges.txt).")
     vocab_size: int | None = option(None, "Tokens of a NullTokenizer, before its end-of-document token.", minimum=1)
+    vocab_extra_ids: int = option(0, "Sentinel tokens that a SentencePieceTokenizer adds.", minimum=0)
+    eod_token: str | None = option(None, "Text of the token that ends a document, where the files do not name one.")
     padded_vocab_size: int | None = option(
         None, "Rows of the embedding, instead of those computed from the number of tokens.", minimum=1
     )
@@ -43,6 +45,14 @@ class TokenizerConfig:
         "--no-pad-vocab-size",
         aliases=("--disable-pad-vocab-size",),
     )
-    trust_remote_code: bool = option(False, "Let a Hugging Face tokenizer run code from its own directory.")
     tiktoken_pattern: Literal["v1", "v2"] | None = option(None, "How a tiktoken tokenizer splits text into words.")
     tiktoken_num_special_tokens: int = option(1000, "Special tokens of a tiktoken tokenizer.", minimum=0)
+    special_tokens: tuple[str, ...] | None = option(
+        None, "Names of the first tokens of a tiktoken tokenizer.", "--tokenizer-special-tokens"
+    )
+    null_tokenizer_eod_id: int | None = option(
+        None, "Token (an id) that ends a document of a NullTokenizer.", minimum=0
+    )
+    null_tokenizer_pad_id: int = option(-1, "Token (an id) that a NullTokenizer pads with; -1 is none.", minimum=-1)
+    tokenizer_hf_no_use_fast: bool = option(False, "Prefer a sentencepiece model to tokenizer.json.")
+    tokenizer_hf_no_include_special_tokens: bool = option(False, "Encode text without tokens for its begin and end.")

@@ -10,19 +10,19 @@ from megatron.config.schema import option, resolved
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The loop. `train_iters` is always known, whatever unit the length of the run was given in."""
+    """The loop. The length of the run is `train_samples` if that is not None, otherwise `train_iters`."""
 
     micro_batch_size: int = resolved("Samples that one rank computes at once.", minimum=1)
     global_batch_size: int = resolved(
         "Samples of one step, over all ranks. Default: micro-batch size times data-parallel size.", minimum=1
     )
-    rampup_batch_size: tuple[int, ...] | None = option(
+    rampup_batch_size: tuple[str, ...] | None = option(
         None, "Growing batch: first size, increment and number of samples over which it grows, in samples.", many="*"
     )
     eval_micro_batch_size: int = resolved(
         "Samples that one rank evaluates at once. Default: --micro-batch-size.", minimum=1
     )
-    train_iters: int = resolved("Length of the run, in iterations.", minimum=0)
+    train_iters: int | None = option(None, "Length of the run, in iterations.", minimum=0)
     train_samples: int | None = option(None, "Length of the run, in samples, instead of iterations.", minimum=1)
     train_tokens: int | None = option(
         None, "Stop after this number of tokens, alone or beside the other two.", minimum=1
@@ -34,7 +34,6 @@ class TrainingConfig:
 
     eval_iters: int = option(100, "Length of an evaluation, in iterations; -1 is the whole set.", minimum=-1)
     eval_interval: int = option(1000, "Time between evaluations, in iterations.", minimum=1)
-    full_validation: bool = option(False, "Same as --eval-iters -1.")
     skip_train: bool = option(False, "Only evaluate.", aliases=("--eval-only",))
     exit_interval: int | None = option(
         None, "Stop when the iteration is a multiple of this number of iterations.", minimum=1
@@ -59,6 +58,3 @@ class TrainingConfig:
         None, "With full: every group of layers, or the first layers of each stage one by one."
     )
     recompute_num_layers: int = option(1, "Layers in a group (uniform), or layers recomputed (block).", minimum=1)
-    recompute_activations: bool = option(False, "Same as --recompute-granularity selective.")
-    checkpoint_activations: bool = option(False, "Same as --recompute-granularity full --recompute-method uniform.")
-    checkpoint_num_layers: int = option(1, "Layers in a group of --checkpoint-activations.", minimum=1)

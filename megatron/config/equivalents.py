@@ -1,0 +1,124 @@
+"""Flags that stand for a value of another setting, such as `--swiglu` for `--activation swiglu`.
+
+They have no field of their own. A saved record holds them too, because tools written for Megatron look for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.schema import Kind, Option
+
+SAME = object()  # the setting takes the value of the flag
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """`option` given as `value` stands for `changes` (setting -> value)."""
+
+    option: Option
+    value: Any  # SAME: any value but the default
+    changes: Mapping[str, Any]
+    yields: bool = False  # the setting's own flag wins without being a contradiction
+
+
+def _switch(*names: str, yields: bool = False, default: bool = False, dest: str = "", **changes: Any) -> Equivalent:
+    meaning = ", ".join(f"{target} = {value}" for target, value in changes.items())
+    option = Option(
+        dest=dest or names[0].lstrip("-").replace("-", "_"),
+        names=names,
+        kind="switch",
+        default=default,
+        help=f"Stands for {meaning}" + ("; a flag of that name wins." if yields else "."),
+    )
+    return Equivalent(option, not default, changes, yields)
+
+
+def _value(name: str, kind: Kind, default: Any, target: str, choices: tuple[Any, ...] = ()) -> Equivalent:
+    dest = name.lstrip("-").replace("-", "_")
+    synonyms = {str(choice).lower(): choice for choice in choices}
+    help = f"Stands for {target} with this value."
+    option = Option(dest=dest, names=(name,), kind=kind, default=default, help=help, choices=choices, synonyms=synonyms)
+    return Equivalent(option, SAME, {target: SAME})
+
+
+_FUSED_SDPA = Option(
+    dest="use_fused_sdpa",
+    names=("--use-fused-sdpa",),
+    kind="word",
+    default=None,
+    help="true stands for attention_backend = fused, false for unfused.",
+)
+EQUIVALENTS: tuple[Equivalent, ...] = (
+    _switch("--use-rotary-position-embeddings", position_embedding_type="rope"),
+    _switch("--use-alibi-position-embeddings", position_embedding_type="alibi"),
+    _switch(
+        "--no-position-embedding",
+        dest="add_position_embedding",
+        default=True,
+        yields=True,
+        position_embedding_type="none",
+    ),
+    _switch("--swiglu", activation="swiglu"),
+    _value("--glu-activation", "str", None, "activation", ("geglu", "swiglu")),
+    _switch("--squared-relu", activation="squared_relu"),
+    _switch("--openai-gelu", activation="gelu_tanh"),
+    _switch("--recompute-activations", recompute_granularity="selective"),
+    _switch("--checkpoint-activations", recompute_granularity="full", recompute_method="uniform"),
+    _value("--checkpoint-num-layers", "int", 1, "recompute_num_layers"),
+    _switch("--dataloader-inter-document-masking", reset_attention_mask=True),
+    _switch("--full-validation", eval_iters=-1),
+    _switch("--use-distributed-optimizer", yields=True, zero_stage=1),
+    _switch("--use-torch-fsdp2", zero_stage=3),
+    _switch("--use-flash-attn", "--use-flash-attn-v1", dest="use_flash_attn_v1", attention_backend="flash"),
+    _switch("--use-flash-attn-v2", attention_backend="flash"),
+    _switch("--use-flash-attn-triton", attention_backend="flash"),
+    _switch("--use-flash-attn-builder", attention_backend="flash"),
+    Equivalent(_FUSED_SDPA, True, {"attention_backend": "fused"}),
+    Equivalent(_FUSED_SDPA, False, {"attention_backend": "unfused"}),
+)
+
+
+def expand(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Add the settings that given flags stand for.
+
+    Returns:
+        `given` and what follows from it, and one sentence per contradiction.
+    """
+    settings = dict(given)
+    source: dict[str, str] = {}
+    problems: list[str] = []
+    for row in sorted(EQUIVALENTS, key=lambda row: row.yields):
+        option = row.option
+        if option.dest not in given or not _applies(row, given[option.dest]):
+            continue
+        for target, value in row.changes.items():
+            wanted = given[option.dest] if value is SAME else value
+            if settings.setdefault(target, wanted) != wanted and not row.yields:
+                other = source.get(target, "--" + target.replace("_", "-"))
+                problems.append(f"{option.main} stands for {target} = {wanted}, but {other} says {settings[target]}")
+            source.setdefault(target, option.main)
+    return settings, problems
+
+
+def _applies(row: Equivalent, value: Any) -> bool:
+    return bool(value != row.option.default if row.value is SAME else value == row.value)
+
+
+def mirrors(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that these flags would have: what Megatron's tools find under their names."""
+    values: dict[str, Any] = {}
+    for row in EQUIVALENTS:
+        option = row.option
+        if row.value is SAME:
+            (target,) = row.changes
+            allowed = not option.choices or settings[target] in option.choices
+            values[option.dest] = settings[target] if allowed else option.default
+        else:
+            holds = all(settings[target] == value for target, value in row.changes.items())
+            if holds or option.dest not in values:
+                values[option.dest] = row.value if holds else option.default
+    # The stage has a default that only DeepSpeed uses.
+    return values | {"use_distributed_optimizer": settings["zero_stage_native"] == 1}

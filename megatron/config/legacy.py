@@ -1,0 +1,317 @@
+"""Options that old scripts may hold and that no code reads: renamed, without effect, or refused, each with its reason.
+
+Together with the sections and the equivalents these are all options of Megatron-DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.config.schema import Kind, Option
+
+Effect = Literal["none", "refused", "renamed"]
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """One such option. For a renamed one, `reason` is what to use instead."""
+
+    option: Option
+    effect: Effect
+    reason: str
+
+
+def _option(spec: tuple[Any, ...]) -> Option:
+    """The option that a row says: (spelling [spelling], default [, kind [, choices or "+"]])."""
+    spellings, default, *rest = spec
+    names = tuple(spellings.split())
+    kinds: dict[type, Kind] = {bool: "switch", int: "int", float: "float", str: "str"}
+    kind: Kind = rest[0] if rest else kinds[type(default)]
+    extra = rest[1] if len(rest) > 1 else ()
+    choices = extra if isinstance(extra, tuple) else ()
+    return Option(
+        dest=_DESTS.get(names[0], names[0].lstrip("-").replace("-", "_")),
+        names=names,
+        kind=kind,
+        default=default,
+        help="",
+        many="+" if extra == "+" else None,
+        choices=choices,
+        synonyms={str(choice).lower(): choice for choice in choices},
+    )
+
+
+def _rows(effect: Effect, groups: tuple[tuple[str, tuple[tuple[Any, ...], ...]], ...]) -> Iterator[Legacy]:
+    for reason, specs in groups:
+        for spec in specs:
+            yield Legacy(_option(spec), effect, reason)
+
+
+_DESTS = {
+    "--no-fp8-wgrad": "fp8_wgrad",
+    "--disable-mem-efficient-ln": "mem_efficient_ln",
+    "--bert-no-binary-head": "bert_binary_head",
+    "--no-async-tensor-model-parallel-allreduce": "async_tensor_model_parallel_allreduce",
+    "--no-gradient-accumulation-fusion": "gradient_accumulation_fusion",
+    "--no-initialization": "perform_initialization",
+    "--no-contiguous-buffers-in-local-ddp": "use_contiguous_buffers_in_local_ddp",
+    "--no-scatter-gather-tensors-in-pipeline": "scatter_gather_tensors_in_pipeline",
+    "--no-data-sharding": "data_sharding",
+}
+
+RENAMED = (
+    ("--micro-batch-size", (("--batch-size", None, "int"),)),
+    ("--lr-warmup-fraction, --lr-warmup-iters or --lr-warmup-samples", (("--warmup", None, "int"),)),
+    ("--tensor-model-parallel-size", (("--model-parallel-size", None, "int"),)),
+    ("--deepspeed", (("--deepscale", False),)),
+    ("--deepspeed_config", (("--deepscale_config", None, "str"),)),
+    (
+        "--recompute-granularity full --recompute-method",
+        (("--activations-checkpoint-method", None, "str", ("uniform", "block")),),
+    ),
+    ("--recompute-num-layers", (("--activations-checkpoint-num-layers", 1),)),
+    ("--seq-length", (("--encoder-seq-length", None, "int"),)),
+    ("--num-layers", (("--encoder-num-layers", None, "int"),)),
+)
+
+WITHOUT_EFFECT = (
+    ("the number of key-value heads alone decides", (("--group-query-attention", False),)),
+    ("the attention softmax is always computed in float32", (("--attention-softmax-in-fp32", False),)),
+    (
+        "kernels are chosen by the device; see --op",
+        (
+            ("--disable-mem-efficient-ln", True),
+            ("--no-persist-layer-norm", False),
+            ("--no-gradient-accumulation-fusion", True),
+            ("--onnx-safe", None, "word"),
+        ),
+    ),
+    (
+        "communication always overlaps where the engine and the device can",
+        (
+            ("--no-async-tensor-model-parallel-allreduce", True),
+            ("--overlap-grad-reduce", False),
+            ("--overlap-param-gather", False),
+            ("--no-contiguous-buffers-in-local-ddp", True),
+            ("--no-scatter-gather-tensors-in-pipeline", True),
+        ),
+    ),
+    (
+        "recomputation is the same with both engines",
+        (("--deepspeed-activation-checkpointing", False), ("--pytorch-activation-checkpointing", False)),
+    ),
+    (
+        "it moves no result, only how DeepSpeed's own recomputation lays out memory, which is not used",
+        (("--contigious-checkpointing", False), ("--synchronize-each-layer", False), ("--profile-backward", False)),
+    ),
+    (
+        "initial weights are always drawn on the host, the same for every layout",
+        (("--use-cpu-initialization", None, "switch"),),
+    ),
+    ("initial weights are always drawn, then overwritten by what is loaded", (("--no-initialization", True),)),
+    ("every checkpoint can be loaded in every layout", (("--universal-checkpoint", False),)),
+    (
+        "every checkpoint is verified before it counts as written",
+        (("--verify-checkpoint", False), ("--verify-checkpoint-model-type", "GPT", "str", ("GPT", "BLOOM", "LLAMA"))),
+    ),
+    (
+        "there is one format of indexed data, read by memory-mapping",
+        (("--data-impl", "infer", "str", ("mmap", "infer")),),
+    ),
+    ("the operating system reads files ahead", (("--mmap-warmup", False),)),
+    ("samples are counted before the run, so data never runs out", (("--repeated-dataloader", False),)),
+    ("no code from a tokenizer's directory is ever run", (("--trust-remote-code", False),)),
+    (
+        "Megatron-DeepSpeed does not read it either; set it in DeepSpeed's JSON",
+        (
+            ("--zero-reduce-scatter", False),
+            ("--zero-contigious-gradients", False),
+            ("--zero-reduce-bucket-size", 0, "int"),
+            ("--zero-allgather-bucket-size", 0, "int"),
+            ("--use-pin-memory", False),
+        ),
+    ),
+    (
+        "Megatron-DeepSpeed does not read it either",
+        (
+            ("--scattered-embeddings", False),
+            ("--split-transformers", False),
+            ("--memory-centric-tiled-linear", False),
+            ("--tile-factor", 1),
+        ),
+    ),
+    ("there is one model implementation", (("--use-mcore-models", False),)),
+    ("only --adlr-autoresume reads it", (("--adlr-autoresume-interval", 1000),)),
+)
+
+_DECODER_ONLY = "this distribution trains decoder-only language models"
+_NO_SERVING = "this distribution trains models and does not serve them"
+REFUSED = (
+    (
+        f"{_DECODER_ONLY}, no encoders",
+        (
+            ("--bert-no-binary-head", True),
+            ("--output-bert-embeddings", False),
+            ("--bert-embedder-type", "megatron", "str", ("megatron", "huggingface")),
+            ("--bert-load", None, "str"),
+            ("--mask-prob", 0.15),
+            ("--short-seq-prob", 0.1),
+            ("--sample-rate", 1.0),
+            ("--decoder-num-layers", None, "int"),
+            ("--decoder-seq-length", None, "int"),
+            ("--pipeline-model-parallel-split-rank", None, "int"),
+        ),
+    ),
+    (
+        f"{_DECODER_ONLY}, no retrieval",
+        (
+            ("--retro-workdir", None, "str"),
+            ("--retro-add-retriever", False),
+            ("--retro-cyclic-train-iters", None, "int"),
+            ("--retro-encoder-layers", 2),
+            ("--retro-encoder-hidden-dropout", 0.1),
+            ("--retro-encoder-attention-dropout", 0.1),
+            ("--retro-num-neighbors", 2),
+            ("--retro-num-retrieved-chunks", 2),
+            ("--retro-return-doc-ids", False),
+            ("--retriever-seq-length", 256),
+            ("--ict-head-size", None, "int"),
+            ("--ict-load", None, "str"),
+            ("--biencoder-projection-dim", 0),
+            ("--biencoder-shared-query-context-model", False),
+            ("--titles-data-path", None, "str"),
+            ("--query-in-block-prob", 0.1),
+            ("--use-one-sent-docs", False),
+            ("--evidence-data-path", None, "str"),
+            ("--retriever-report-topk-accuracies", (), "int", "+"),
+            ("--retriever-score-scaling", False),
+            ("--block-data-path", None, "str"),
+            ("--embedding-path", None, "str"),
+            ("--indexer-batch-size", 128),
+            ("--indexer-log-interval", 1000),
+        ),
+    ),
+    (
+        f"{_DECODER_ONLY}, no vision",
+        (
+            ("--num-classes", 1000),
+            ("--img-h", 224),
+            ("--img-w", 224),
+            ("--num-channels", 3),
+            ("--patch-dim", 16),
+            ("--classes-fraction", 1.0),
+            ("--data-per-class-fraction", 1.0),
+            ("--no-data-sharding", True),
+            ("--head-lr-mult", 1.0),
+            ("--vision-pretraining", False),
+            ("--vision-pretraining-type", "classify", "str", ("classify", "inpaint", "dino")),
+            ("--vision-backbone-type", "vit", "str", ("vit", "mit", "swin")),
+            ("--swin-backbone-type", "tiny", "str", ("tiny", "base", "h3")),
+            ("--mask-type", "random", "str", ("random", "row")),
+            ("--mask-factor", 1.0),
+            ("--iter-per-epoch", 1250),
+            ("--dino-local-img-size", 96),
+            ("--dino-local-crops-number", 10),
+            ("--dino-head-hidden-size", 2048),
+            ("--dino-bottleneck-size", 256),
+            ("--dino-freeze-last-layer", 1.0),
+            ("--dino-norm-last-layer", False),
+            ("--dino-warmup-teacher-temp", 0.04),
+            ("--dino-teacher-temp", 0.07),
+            ("--dino-warmup-teacher-temp-epochs", 30),
+        ),
+    ),
+    (
+        f"{_DECODER_ONLY}, without a teacher model",
+        (
+            ("--num-layers-teacher", None, "int"),
+            ("--num-experts-teacher", (1,), "int", "+"),
+            ("--hidden-size-teacher", None, "int"),
+            ("--num-attention-heads-teacher", None, "int"),
+            ("--mos", False),
+            ("--kd", False),
+            ("--kd-alpha-ce", 1.0),
+            ("--kd-beta-ce", 1.0),
+            ("--kd-temp", 1.0),
+            ("--reset-iteration", False),
+            ("--load-teacher", None, "str"),
+        ),
+    ),
+    (
+        "every layer sees every token of the full sequence, at every step",
+        (("--random-ltd", False), ("--data-efficiency-curriculum-learning", False), ("--return-data-index", False)),
+    ),
+    (
+        "samples come from the data files and the seed, not from prepared index files",
+        (
+            ("--train-idx-path", None, "str"),
+            ("--train-desc-path", None, "str"),
+            ("--train-doc-idx-path", None, "str"),
+            ("--train-sample-idx-path", None, "str"),
+            ("--train-shuffle-idx-path", None, "str"),
+        ),
+    ),
+    (
+        _NO_SERVING,
+        (
+            ("--inference-batch-times-seqlen-threshold", 512),
+            ("--max-tokens-to-oom", 12000),
+            ("--inference", False),
+            ("--ds-inference", False),
+        ),
+    ),
+    (
+        "parameters and activations are computed in the format of --bf16 or --fp16, not in 8 bits",
+        (
+            ("--fp8-e4m3", False),
+            ("--fp8-e5m2", False),
+            ("--fp8-hybrid", False),
+            ("--no-fp8-wgrad", True),
+            ("--fp8-margin", 0),
+            ("--fp8-interval", 1),
+            ("--fp8-amax-history-len", 1),
+            ("--fp8-amax-compute-algo", "most_recent", "str", ("most_recent", "max")),
+            ("--transformer-impl", "local", "str", ("local", "transformer_engine")),
+        ),
+    ),
+    ("use --num-experts", (("--num-experts-switch", None, "int"),)),
+    ("experts are plain PyTorch here", (("--use-tutel", False),)),
+    ("the embedding has the format of the other parameters", (("--embedding-weights-in-fp32", False),)),
+    ("the loss is always computed in float32", (("--fp16-lm-cross-entropy", False),)),
+    ("all ranks start from the same weights", (("--data-parallel-random-init", False),)),
+    ("set offload_param in DeepSpeed's JSON", (("--remote-device", "none", "str", ("none", "cpu", "nvme")),)),
+    (
+        "recomputed layers keep their whole input on the device",
+        (
+            ("--partition-activations", False),
+            ("--checkpoint-in-cpu", False),
+            ("--distribute-saved-activations", False),
+            ("--distribute-checkpointed-activations", False),
+        ),
+    ),
+    (
+        "there is one data-parallel implementation; --zero-stage chooses what it shards",
+        (("--DDP-impl", "local", "str", ("local", "torch", "FSDP")),),
+    ),
+    ("it needs a PyTorch build of its own", (("--use-ring-exchange-p2p", False),)),
+    ("set the allocator of the device instead", (("--empty-unused-memory-level", 0, "int", (0, 1, 2)),)),
+    (
+        "all parts of a run are set up at its start",
+        (("--lazy-mpu-init", None, "word"), ("--use-dataset-only", False, "word")),
+    ),
+    ("data is read from local paths", (("--aml-data-download-path", None, "str"),)),
+    ("it needs a service of one cluster", (("--adlr-autoresume", False),)),
+    ("checkpoints are written before training goes on", (("--async-save", False),)),
+    (
+        "checkpoints have one format; tools/convert_checkpoint.py writes the others",
+        (("--ckpt-format", "torch_dcp", "str", ("torch_dcp", "torch_dist", "torch", "fsdp_dtensor")),),
+    ),
+)
+
+LEGACY: tuple[Legacy, ...] = (
+    *_rows("renamed", RENAMED),
+    *_rows("none", WITHOUT_EFFECT),
+    *_rows("refused", REFUSED),
+)

@@ -1,0 +1,97 @@
+"""What must hold between settings. Every rule is a function of the settings its parameters are named after.
+
+A rule returns a sentence for a violation (value, what is allowed, flag to change), or None. `violations` runs all of
+them, so that a user sees every mistake at once; a rule is left out while a setting it needs is unknown. `given` is the
+set of names that were given explicitly.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from megatron.config import model_rules, run_rules
+
+
+class NotYet(NamedTuple):
+    """A setting that can only have one value until `feature` is there."""
+
+    setting: str
+    allowed: Any
+    feature: str
+
+
+_PIPELINE = "pipeline parallelism"
+_ULYSSES = "sequence parallelism by heads"
+_EXPERTS = "mixtures of experts"
+# To lift a refusal, delete its row.
+NOT_YET: tuple[NotYet, ...] = (
+    NotYet("pipeline_model_parallel_size", 1, _PIPELINE),
+    NotYet("num_layers_per_virtual_pipeline_stage", None, _PIPELINE),
+    NotYet("overlap_p2p_comm", False, _PIPELINE),
+    NotYet("standalone_embedding_stage", False, _PIPELINE),
+    NotYet("enable_zbh1_pipeline", False, _PIPELINE),
+    NotYet("enable_zbh1_exact_semantics", False, _PIPELINE),
+    NotYet("context_parallel_size", 1, "context parallelism"),
+    NotYet("ds_sequence_parallel_size", 1, _ULYSSES),
+    NotYet("force_ds_sequence_parallel", False, _ULYSSES),
+    NotYet("ds_sequence_parallel_fpdt", False, _ULYSSES),
+    NotYet("ds_sequence_parallel_fpdt_chunk_size", 65536, _ULYSSES),
+    NotYet("ds_sequence_parallel_fpdt_offloading", False, _ULYSSES),
+    NotYet("num_experts", (1,), _EXPERTS),
+    NotYet("mlp_type", "standard", _EXPERTS),
+    NotYet("moe_expert_parallel_size", 1, _EXPERTS),
+    NotYet("enable_expert_tensor_parallelism", False, _EXPERTS),
+)
+# They belong to experts and say nothing without them; scripts pass them to every model.
+EXPERTS_ONLY = (
+    "topk",
+    "expert_interval",
+    "moe_token_dropping",
+    "moe_train_capacity_factor",
+    "moe_eval_capacity_factor",
+    "moe_min_capacity",
+    "moe_loss_coeff",
+    "create_moe_param_group",
+    "moe_top2_2nd_expert_sampling",
+)
+
+
+RULES: tuple[Callable[..., str | None], ...] = model_rules.RULES + run_rules.RULES
+
+
+def violations(settings: Mapping[str, Any], given: frozenset[str]) -> Iterator[str]:
+    """One sentence for every rule that does not hold."""
+    known = {**settings, "given": given}
+    for rule in RULES:
+        arguments = {name: known[name] for name, _ in parameters(rule)}
+        unknown = [name for name, optional in parameters(rule) if arguments[name] is None and not optional]
+        if unknown:
+            continue
+        sentence = rule(**arguments)
+        if sentence is not None:
+            yield sentence
+
+
+def not_yet(settings: Mapping[str, Any], flag_of: Callable[[str], str]) -> Iterator[str]:
+    """One sentence for every setting whose feature is not there yet."""
+    for row in NOT_YET:
+        value = settings[row.setting]
+        if value != row.allowed:
+            yield f"{flag_of(row.setting)} {_text(value)}: {row.feature} is not implemented yet; leave it out"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in value)
+    return "" if value is True else str(value)
+
+
+@functools.cache
+def parameters(rule: Callable[..., str | None]) -> tuple[tuple[str, bool], ...]:
+    """The settings a rule needs, and whether it can do without a value of each."""
+    hints = typing.get_type_hints(rule)
+    return tuple((name, type(None) in typing.get_args(hints[name])) for name in inspect.signature(rule).parameters)

@@ -1,0 +1,344 @@
+"""Rules about training, number formats, saving and reporting; see `megatron.config.rules` for how they are run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+Rule = Callable[..., str | None]
+Given = frozenset[str]
+
+
+def batch_divides(
+    global_batch_size: int, micro_batch_size: int, data_parallel_size: int, rampup_batch_size: tuple[str, ...] | None
+) -> str | None:
+    """Every rank computes the same number of micro-batches."""
+    share = micro_batch_size * data_parallel_size
+    if global_batch_size % share:
+        return (
+            f"--global-batch-size {global_batch_size}: must be a multiple of {share} = --micro-batch-size "
+            f"{micro_batch_size} x data-parallel size {data_parallel_size}"
+        )
+    numbers = _whole_numbers(rampup_batch_size)
+    if rampup_batch_size is not None and (numbers[0] % share or numbers[1] % share if len(numbers) == 3 else False):
+        return (
+            f"--rampup-batch-size {' '.join(rampup_batch_size)}: the first size and the increment must be multiples of "
+            f"{share} = --micro-batch-size x data-parallel size"
+        )
+    return None
+
+
+def rampup_is_well_formed(rampup_batch_size: tuple[str, ...] | None, global_batch_size: int) -> str | None:
+    """The batch grows from its first size to the global batch size in equal steps."""
+    if rampup_batch_size is None:
+        return None
+    text = f"--rampup-batch-size {' '.join(rampup_batch_size)}"
+    numbers = _whole_numbers(rampup_batch_size)
+    if len(rampup_batch_size) != 3 or len(numbers) != 3 or min(numbers[:2]) < 1:
+        return f"{text}: must be three whole numbers: first size, increment, samples over which it grows"
+    start, increment, _ = numbers
+    if start > global_batch_size or (global_batch_size - start) % increment:
+        return f"{text}: must reach --global-batch-size {global_batch_size} from {start} in steps of {increment}"
+    return None
+
+
+def _whole_numbers(words: tuple[str, ...] | None) -> list[int]:
+    """The words that are whole numbers of at least 0, written as Python allows (5_000_000)."""
+    return [int(word) for word in words or () if re.fullmatch(r"[0-9]+(_[0-9]+)*", word)]
+
+
+def length_is_given_once(
+    train_iters: int | None, train_samples: int | None, train_tokens: int | None, skip_train: bool
+) -> str | None:
+    """A run is measured in iterations or in samples."""
+    if train_tokens is None and train_iters is not None and train_samples is not None:
+        return f"--train-iters {train_iters} and --train-samples {train_samples}: give one of them"
+    if train_iters is None and train_samples is None and train_tokens is None and not skip_train:
+        return "the length of the run is missing: give --train-iters, --train-samples or --train-tokens"
+    return None
+
+
+def rampup_counts_samples(rampup_batch_size: tuple[str, ...] | None, train_iters: int | None) -> str | None:
+    """With a growing batch an iteration is no unit of length."""
+    if rampup_batch_size is not None and train_iters is not None:
+        return f"--train-iters {train_iters}: with --rampup-batch-size give --train-samples instead"
+    return None
+
+
+def schedule_has_the_unit_of_the_run(train_iters: int | None, train_samples: int | None, given: Given) -> str | None:
+    """Lengths of the schedule are in the unit of the length of the run."""
+    if train_samples is not None and train_iters is None:
+        run, wrong = "--train-samples", ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
+    elif train_iters is not None:
+        run, wrong = "--train-iters", ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples")
+    else:
+        return None
+    flags = ["--" + name.replace("_", "-") for name in wrong if name in given]
+    if flags:
+        return f"{', '.join(flags)}: not with {run}; give the length in the unit of {run}"
+    return None
+
+
+def warmup_is_given_once(
+    lr_warmup_fraction: float | None, lr_warmup_iters: int, lr_warmup_samples: int, lr_warmup_tokens: int | None
+) -> str | None:
+    """The warm-up is a fraction or a length."""
+    lengths = {
+        "--lr-warmup-fraction": lr_warmup_fraction,
+        "--lr-warmup-iters": lr_warmup_iters,
+        "--lr-warmup-samples": lr_warmup_samples,
+        "--lr-warmup-tokens": lr_warmup_tokens,
+    }
+    used = [flag for flag, value in lengths.items() if value]
+    return f"{' and '.join(used)}: give one of them" if len(used) > 1 else None
+
+
+def rates_are_ordered(lr: float, min_lr: float, lr_warmup_init: float, skip_train: bool) -> str | None:
+    """The learning rate rises to its highest value and falls to its lowest."""
+    for flag, value in (("--min-lr", min_lr), ("--lr-warmup-init", lr_warmup_init)):
+        if value > lr and not skip_train:
+            return f"{flag} {value}: must be at most --lr {lr}"
+    return None
+
+
+def wsd_has_a_last_phase(
+    lr_decay_style: str, lr_wsd_decay_iters: int | None, lr_wsd_decay_samples: int | None, given: Given
+) -> str | None:
+    """Warm-up, stable, decay: the length of the decay is not implied by the others."""
+    has_length = lr_wsd_decay_iters is not None or lr_wsd_decay_samples is not None
+    if lr_decay_style == "WSD" and not has_length:
+        return "--lr-decay-style WSD: give --lr-wsd-decay-iters or --lr-wsd-decay-samples"
+    if lr_decay_style != "WSD" and (has_length or "lr_wsd_decay_style" in given):
+        return f"--lr-wsd-decay-*: only with --lr-decay-style WSD, which is {lr_decay_style}"
+    return None
+
+
+def one_scheduler_wins(override_opt_param_scheduler: bool, use_checkpoint_opt_param_scheduler: bool) -> str | None:
+    """The two flags contradict each other."""
+    if override_opt_param_scheduler and use_checkpoint_opt_param_scheduler:
+        return "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler: give one of them"
+    return None
+
+
+def weight_decay_grows(
+    start_weight_decay: float, end_weight_decay: float, weight_decay_incr_style: str, given: Given
+) -> str | None:
+    """A constant weight decay has one value, a growing one two."""
+    both = {"start_weight_decay", "end_weight_decay"}
+    values = f"--start-weight-decay {start_weight_decay}, --end-weight-decay {end_weight_decay}"
+    if weight_decay_incr_style == "constant" and both & given:
+        return f"{values}: only with --weight-decay-incr-style linear or cosine; give --weight-decay"
+    if weight_decay_incr_style != "constant" and not both <= given:
+        return f"--weight-decay-incr-style {weight_decay_incr_style}: give --start-weight-decay and --end-weight-decay"
+    if start_weight_decay > end_weight_decay:
+        return f"{values}: the start must be at most the end"
+    return None
+
+
+def fused_adam_is_for_deepspeed(
+    cpu_optimizer: bool, cpu_torch_adam: bool, ds_fused_adam: bool, deepspeed: bool
+) -> str | None:
+    """These optimizers are DeepSpeed's."""
+    flags = {"--cpu-optimizer": cpu_optimizer, "--cpu_torch_adam": cpu_torch_adam, "--ds_fused_adam": ds_fused_adam}
+    used = [flag for flag, value in flags.items() if value]
+    if used and not deepspeed:
+        return f"{', '.join(used)}: only with --deepspeed"
+    if cpu_torch_adam and not cpu_optimizer:
+        return "--cpu_torch_adam: only with --cpu-optimizer"
+    if ds_fused_adam and cpu_optimizer:
+        return "--ds_fused_adam and --cpu-optimizer: give one of them"
+    return None
+
+
+def one_half_precision(fp16: bool, bf16: bool) -> str | None:
+    """Parameters have one format."""
+    return "--fp16 and --bf16: give one of them" if fp16 and bf16 else None
+
+
+def loss_scale_is_for_float16(fp16: bool, given: Given) -> str | None:
+    """Other formats have the range of float32."""
+    names = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    flags = ["--" + name.replace("_", "-") for name in names if name in given]
+    if flags and not fp16:
+        return f"{', '.join(flags)}: only with --fp16"
+    return None
+
+
+def gradients_have_one_format(bf16: bool, grad_reduce_in_bf16: bool, given: Given) -> str | None:
+    """Gradients are summed in bfloat16 or in float32."""
+    if grad_reduce_in_bf16 and not bf16:
+        return "--grad-reduce-in-bf16: only with --bf16"
+    if grad_reduce_in_bf16 and "accumulate_allreduce_grads_in_fp32" in given:
+        return "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32: give one of them"
+    return None
+
+
+def deepspeed_shards_bfloat16(deepspeed: bool, bf16: bool, zero_stage: int) -> str | None:
+    """At stage 0 DeepSpeed's bfloat16 optimizer takes a step with no gradient before training: Adam counts one more."""
+    if deepspeed and bf16 and zero_stage == 0:
+        return "--zero-stage 0: with --deepspeed and --bf16 it must be 1, 2 or 3; DeepSpeed's stage 0 misguides Adam"
+    return None
+
+
+def deepspeed_has_its_flag(deepspeed: bool, deepspeed_config: str | None) -> str | None:
+    """A file for DeepSpeed says nothing to the native engine."""
+    if deepspeed_config is not None and not deepspeed:
+        return f"--deepspeed_config {deepspeed_config}: only with --deepspeed"
+    return None
+
+
+def hybrid_sharding_divides(
+    num_distributed_optimizer_instances: int, data_parallel_size: int, zero_stage_native: int, deepspeed: bool
+) -> str | None:
+    """Copies of the sharded optimizer share the data-parallel ranks equally."""
+    text = f"--num-distributed-optimizer-instances {num_distributed_optimizer_instances}"
+    if num_distributed_optimizer_instances > 1 and (deepspeed or zero_stage_native == 0):
+        return f"{text}: only with the native engine and --use-distributed-optimizer or --zero-stage 1 to 3"
+    if data_parallel_size % num_distributed_optimizer_instances:
+        return f"{text}: must divide the data-parallel size {data_parallel_size}"
+    return None
+
+
+def recomputation_is_complete(
+    recompute_granularity: str | None, recompute_method: str | None, given: Given
+) -> str | None:
+    """A method says which layers are recomputed, so it needs layers that are."""
+    if recompute_granularity != "full" and recompute_method is not None:
+        return f"--recompute-method {recompute_method}: only with --recompute-granularity full"
+    if recompute_granularity != "full" and "recompute_num_layers" in given:
+        return "--recompute-num-layers: only with --recompute-granularity full"
+    return None
+
+
+def recomputed_layers_exist(
+    recompute_num_layers: int, num_layers: int, pipeline_model_parallel_size: int
+) -> str | None:
+    """No stage recomputes more layers than it has."""
+    layers = num_layers // pipeline_model_parallel_size
+    if recompute_num_layers > max(layers, 1):
+        return f"--recompute-num-layers {recompute_num_layers}: must be at most {layers}, the layers of a stage"
+    return None
+
+
+def saving_has_an_interval(
+    save: str | None, save_interval: int | None, save_retain_interval: int | None, keep_last: int | None
+) -> str | None:
+    """A directory needs a time, and a time needs a directory."""
+    if save is not None and save_interval is None:
+        return f"--save {save}: give --save-interval, in iterations"
+    others = {"--save-retain-interval": save_retain_interval, "--keep-last": keep_last}
+    used = [flag for flag, value in others.items() if value is not None]
+    if used and save is None:
+        return f"{', '.join(used)}: only with --save"
+    if save_retain_interval is not None and save_interval is not None and save_retain_interval % save_interval:
+        return f"--save-retain-interval {save_retain_interval}: must be a multiple of --save-interval {save_interval}"
+    return None
+
+
+def loading_has_a_directory(
+    load: str | None,
+    load_tag: str | None,
+    ckpt_step: int | None,
+    finetune: bool,
+    use_checkpoint_args: bool,
+    exit_on_missing_checkpoint: bool,
+) -> str | None:
+    """What to load needs the place it is in."""
+    flags = {
+        "--load-tag": load_tag is not None,
+        "--ckpt-step": ckpt_step is not None,
+        "--finetune": finetune,
+        "--use-checkpoint-args": use_checkpoint_args,
+        "--exit-on-missing-checkpoint": exit_on_missing_checkpoint,
+    }
+    used = [flag for flag, is_used in flags.items() if is_used]
+    if used and load is None:
+        return f"{', '.join(used)}: only with --load"
+    if load_tag is not None and ckpt_step is not None:
+        return f"--load-tag {load_tag} and --ckpt-step {ckpt_step}: give one of them"
+    return None
+
+
+def stop_signal_is_handled(exit_signal_handler: bool, given: Given) -> str | None:
+    """A signal without its handler does nothing."""
+    if "exit_signal" in given and not exit_signal_handler:
+        return "--exit-signal: only with --exit-signal-handler"
+    return None
+
+
+def garbage_interval_is_manual(manual_gc: bool, manual_gc_interval: int) -> str | None:
+    """An interval of collections that Python chooses itself means nothing."""
+    if manual_gc_interval and not manual_gc:
+        return f"--manual-gc-interval {manual_gc_interval}: only with --manual-gc"
+    return None
+
+
+def skipped_iterations_count_from_one(iterations_to_skip: tuple[int, ...]) -> str | None:
+    """Iterations have the numbers that the log shows."""
+    wrong = [number for number in iterations_to_skip if number < 1]
+    return f"--iterations-to-skip {wrong[0]}: must be at least 1" if wrong else None
+
+
+def profiled_steps_are_a_range(profile_steps: str) -> str | None:
+    """First and last iteration."""
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", profile_steps)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        return f"--profile_steps {profile_steps}: must be first,last with 1 <= first <= last"
+    return None
+
+
+def profiled_ranks_exist(profile_ranks: tuple[int, ...] | None, world_size: int) -> str | None:
+    """Ranks count from 0 to the world size."""
+    wrong = [rank for rank in profile_ranks or () if rank >= world_size]
+    return f"--profile-ranks {wrong[0]}: must be below the world size {world_size}" if wrong else None
+
+
+def wandb_runs_have_names(wandb_project: str, wandb_exp_name: str, given: Given) -> str | None:
+    """A project needs a run, and the other settings need a project."""
+    if wandb_project and not wandb_exp_name:
+        return f"--wandb-project {wandb_project}: give --wandb-exp-name"
+    others = {
+        "wandb_entity": "--wandb-entity",
+        "wandb_exp_name": "--wandb-exp-name",
+        "wandb_save_dir": "--wandb-save-dir",
+    }
+    used = [flag for name, flag in others.items() if name in given]
+    return f"{', '.join(used)}: only with --wandb-project" if used and not wandb_project else None
+
+
+def operations_are_named(op: tuple[str, ...]) -> str | None:
+    """An operation and its implementation."""
+    wrong = [item for item in op if not re.fullmatch(r"\w+=[\w.-]+", item)]
+    return f"--op {wrong[0]}: must be operation=implementation, such as attention=reference" if wrong else None
+
+
+RULES: tuple[Rule, ...] = (
+    batch_divides,
+    rampup_is_well_formed,
+    length_is_given_once,
+    rampup_counts_samples,
+    schedule_has_the_unit_of_the_run,
+    warmup_is_given_once,
+    rates_are_ordered,
+    wsd_has_a_last_phase,
+    one_scheduler_wins,
+    weight_decay_grows,
+    fused_adam_is_for_deepspeed,
+    one_half_precision,
+    loss_scale_is_for_float16,
+    gradients_have_one_format,
+    deepspeed_shards_bfloat16,
+    deepspeed_has_its_flag,
+    hybrid_sharding_divides,
+    recomputation_is_complete,
+    recomputed_layers_exist,
+    saving_has_an_interval,
+    loading_has_a_directory,
+    stop_signal_is_handled,
+    garbage_interval_is_manual,
+    skipped_iterations_count_from_one,
+    profiled_steps_are_a_range,
+    profiled_ranks_exist,
+    wandb_runs_have_names,
+    operations_are_named,
+)
