@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops import reference
-from megatron.ops.registry import implements
+from megatron.ops.registry import ADAMW_TOLERANCE, TOLERANCE, implements
+
+ATTENTION_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({**TOLERANCE, torch.bfloat16: 3e-2})
+"""Kernels round scores or weights to bfloat16 between the two products; softmax is float32 inside."""
 
 
 @implements(reference.layer_norm, name="lean")
@@ -112,7 +116,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return result
 
 
-@implements(reference.attention, name="sdpa")
+@implements(reference.attention, name="sdpa", tolerance=ATTENTION_TOLERANCE)
 def sdpa_attention(
     q: Tensor,
     k: Tensor,
@@ -252,7 +256,7 @@ def _row_chunks(rows: Tensor, chunk_elements: int) -> Iterable[slice]:
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
-@implements(reference.adamw, name="fused")
+@implements(reference.adamw, name="fused", tolerance=ADAMW_TOLERANCE)
 def adamw(
     groups: Iterable[dict[str, Any]],
     *,

@@ -24,6 +24,12 @@ TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
 """Largest error allowed, relative to the largest value of the float64 result: rounding of a few operations."""
 
 
+ADAMW_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
+    {dtype: error for dtype, error in TOLERANCE.items() if dtype != torch.float16}
+)
+"""The second moment of a float16 parameter underflows: such parameters need float32 copies to be updated."""
+
+
 class AttentionFunction(Protocol):
     """Signature of `reference.attention`."""
 
@@ -136,7 +142,8 @@ def implementations(accelerator: Accelerator, op: str) -> tuple[Implementation, 
     """All implementations of `op` this device knows, best first, the reference last."""
     module = importlib.import_module(accelerator.ops_module)
     own = tuple(candidate for candidate in module.IMPLEMENTATIONS if candidate.op == op)
-    return (*own, Implementation(op=op, name=REFERENCE, function=getattr(reference, op)))
+    tolerance = ADAMW_TOLERANCE if op == "adamw" else TOLERANCE
+    return (*own, Implementation(op=op, name=REFERENCE, function=getattr(reference, op), tolerance=tolerance))
 
 
 def reference_ops() -> Ops:

@@ -1,0 +1,65 @@
+"""Wrong arguments are refused before any kernel sees them, by the reference and by every implementation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron import accelerators
+from megatron.ops import OPERATIONS, implementations, reference
+
+_X = torch.zeros(4, 2, 6)
+_Q = torch.zeros(4, 2, 6, 8)
+
+
+def _attention(q: torch.Tensor = _Q, k: torch.Tensor = _Q, v: torch.Tensor = _Q, **rules: Any) -> tuple[Any, Any]:
+    return (q, k, v), {"scale": 1.0, **rules}
+
+
+WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
+    ("rms_norm", (_X, torch.zeros(5), 1e-5), {}, "weight must be"),
+    ("rms_norm", (_X.int(), torch.zeros(6), 1e-5), {}, "x must be floating"),
+    ("layer_norm", (_X, torch.zeros(5), None, 1e-5), {}, "weight must be"),
+    ("layer_norm", (_X, torch.zeros(6), torch.zeros(2, 6), 1e-5), {}, "bias must be"),
+    ("rotary", (_Q, torch.zeros(4, 1, 1, 7), torch.zeros(4, 1, 1, 7), False), {}, "even and at most 8, not 7"),
+    ("rotary", (_Q, torch.zeros(4, 1, 1, 10), torch.zeros(4, 1, 1, 10), False), {}, "at most 8, not 10"),
+    ("rotary", (_Q, torch.zeros(3, 1, 1, 8), torch.zeros(3, 1, 1, 8), False), {}, "cos must be"),
+    ("rotary", (_Q, torch.zeros(4, 1, 1, 8), torch.zeros(4, 1, 1, 6), False), {}, "shapes must agree"),
+    ("rotary", (_X, torch.zeros(4, 1, 1, 8), torch.zeros(4, 1, 1, 8), False), {}, "4 dimensions"),
+    ("attention", *_attention(k=_Q[:, :, :4], v=_Q[:, :, :4]), "g dividing 6"),
+    ("attention", *_attention(k=_Q[:3], v=_Q[:3]), "k and v must be"),
+    ("attention", *_attention(v=_Q[:, :, :3]), "shapes must agree"),
+    ("attention", *_attention(q=_X, k=_X, v=_X), "q must be"),
+    ("attention", *_attention(k=_Q.double()), "one dtype"),
+    ("attention", *_attention(alibi_slopes=torch.zeros(3)), r"alibi_slopes must be \[6\]"),
+    ("attention", *_attention(document_ids=torch.zeros(4, 2)), r"document_ids must be \[2, 4\]"),
+    ("attention", *_attention(window=0), "window must be at least 1"),
+    ("attention", *_attention(dropout_p=1.0), "dropout_p must be"),
+    ("swiglu", (_X, _X[..., :5]), {}, "shapes must agree"),
+    ("geglu", (_X, _X.int()), {}, "up must be floating"),
+    ("bias_gelu", (_X, torch.zeros(5), "tanh"), {}, "bias must be"),
+    ("bias_gelu", (_X, None, "sigmoid"), {}, "approximate must be"),
+    ("squared_relu", (_X.int(),), {}, "floating"),
+    ("relu", (_X.int(),), {}, "floating"),
+    ("bias_dropout_add", (_X, None, _X[:2], 0.1, True), {}, "shapes must agree"),
+    ("bias_dropout_add", (_X, None, _X, -0.1, True), {}, "p must be"),
+    ("cross_entropy", (_X, torch.zeros(4, 3, dtype=torch.int64)), {}, "labels must be"),
+    ("cross_entropy", (_X, torch.zeros(4, 2)), {}, "labels must be int64"),
+    ("adamw", ([{"params": [_X]}],), {"lr": -1.0}, "lr must be"),
+    ("adamw", ([{"params": [_X]}],), {"lr": 1.0, "betas": (1.0, 0.9)}, "beta must be"),
+]
+
+
+def test_every_operation_is_covered():
+    assert {case[0] for case in WRONG} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs", "message"), WRONG)
+def test_wrong_arguments_are_refused(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], message: str):
+    functions: list[Callable[..., Any]] = [getattr(reference, op)]
+    for name in accelerators.DEVICES:
+        functions += [candidate.function for candidate in implementations(accelerators.load(name), op)]
+    for function in functions:
+        with pytest.raises(ValueError, match=message):
+            function(*args, **kwargs)

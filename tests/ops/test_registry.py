@@ -1,0 +1,103 @@
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+
+from megatron import accelerators
+from megatron.ops import (
+    OPERATIONS,
+    Ops,
+    UnavailableOpError,
+    build_table,
+    implementations,
+    implements,
+    reference,
+    reference_ops,
+)
+from megatron.ops.registry import Implementation, _best
+
+CPU = accelerators.select("cpu")
+
+
+def test_default_table_takes_the_first_of_each():
+    _, lines = build_table(CPU, {})
+    assert len(lines) == len(OPERATIONS)
+    chosen = {line.split()[1]: line.split()[2] for line in lines}
+    assert chosen == {op: implementations(CPU, op)[0].name for op in OPERATIONS}
+    assert "op attention        blocked" in lines
+
+
+def test_asked_is_obeyed():
+    ops, lines = build_table(CPU, {"attention": "sdpa", "rms_norm": "reference"})
+    assert "op attention        sdpa (asked for)" in lines
+    assert "op rms_norm         reference (asked for)" in lines
+    assert ops.rms_norm is reference.rms_norm
+
+
+def test_reference_is_always_there():
+    for op in OPERATIONS:
+        ops, _ = build_table(CPU, {op: "reference"})
+        assert getattr(ops, op) is getattr(reference, op)
+    assert all(getattr(reference_ops(), op) is getattr(reference, op) for op in OPERATIONS)
+
+
+def test_unknown_implementation_is_refused_with_the_known_ones():
+    with pytest.raises(UnavailableOpError) as refusal:
+        build_table(CPU, {"attention": "fusion_attention"})
+    message = str(refusal.value)
+    assert "--op attention=fusion_attention" in message
+    assert "Implementations of attention on cpu: blocked, sdpa, reference" in message
+
+
+def test_implementation_of_another_device_is_refused_by_name_of_that_device():
+    with pytest.raises(UnavailableOpError, match="flash_attn exists for cuda, not for cpu"):
+        build_table(CPU, {"attention": "flash_attn"})
+
+
+def test_unknown_operation_is_refused():
+    with pytest.raises(UnavailableOpError, match=r"unknown operation\. Operations: rms_norm, "):
+        build_table(CPU, {"softmax": "reference"})
+
+
+def test_unavailable_implementation_is_refused_with_the_reason():
+    from importlib.util import find_spec
+
+    if find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed here")
+    with pytest.raises(UnavailableOpError, match="python package flash-attn is not installed"):
+        build_table(accelerators.load("cuda"), {"attention": "flash_attn"})
+
+
+def test_fallback_of_a_default_says_why():
+    broken = Implementation(op="relu", name="fast", function=reference.relu, why_unavailable=lambda: "no such chip")
+    plain = Implementation(op="relu", name="reference", function=reference.relu)
+    assert _best([broken, plain]) == (plain, "fast unavailable: no such chip")
+
+
+def test_tables_and_implementations_are_frozen():
+    ops, _ = build_table(CPU, {})
+    with pytest.raises(FrozenInstanceError):
+        ops.relu = reference.relu  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        implementations(CPU, "attention")[0].name = "other"  # type: ignore[misc]
+    assert tuple(entry.name for entry in fields(Ops)) == OPERATIONS
+
+
+def test_implements_puts_the_checks_in_front():
+    @implements(reference.relu, name="wrong on purpose")
+    def never_called(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the check must come first")
+
+    assert never_called.op == "relu"
+    with pytest.raises(ValueError, match="floating"):
+        never_called.function(torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("device", accelerators.DEVICES)
+def test_names_are_unique_and_tolerances_positive(device: str):
+    for op in OPERATIONS:
+        known = implementations(accelerators.load(device), op)
+        names = [candidate.name for candidate in known]
+        assert len(set(names)) == len(names)
+        assert names[-1] == "reference"
+        assert all(tolerance > 0 for candidate in known for tolerance in candidate.tolerance.values())
