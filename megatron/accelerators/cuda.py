@@ -73,7 +73,7 @@ class Cuda:
         dtypes = {torch.float64, torch.float32, torch.float16}
         if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= _AMPERE:
             dtypes.add(torch.bfloat16)
-        return Capabilities(dtypes=frozenset(dtypes))
+        return Capabilities(pinned_memory=True, dtypes=frozenset(dtypes))
 
     def unavailable_reason(self) -> str:
         """Why torch sees no GPU; empty when it sees one."""

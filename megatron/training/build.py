@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from megatron.config.architecture import Architecture
+from megatron.config.deepspeed import merge
 from megatron.config.run import RunConfig
 from megatron.model.gpt import GPT, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
@@ -24,17 +24,10 @@ from megatron.training.optimizer import parameter_groups
 from megatron.training.setup import Session
 
 
-def build_engine(config: RunConfig, session: Session, arch: Architecture, ds_config: Mapping[str, Any] | None) -> Engine:
-    """The engine that `config` asks for, with initial weights.
-
-    Args:
-        config: the settings.
-        session: device, groups and kernels.
-        arch: the model.
-        ds_config: DeepSpeed's JSON merged with the flags; None for the native engine.
-    """
-    if ds_config is not None:
-        return _build_deepspeed(config, session, arch, ds_config)
+def build_engine(config: RunConfig, session: Session, arch: Architecture) -> Engine:
+    """The engine that `config` asks for, with initial weights."""
+    if config.deepspeed.deepspeed:
+        return _build_deepspeed(config, session, arch)
     return _build_native(config, session, arch)
 
 
@@ -49,6 +42,7 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
     return NativeEngine(
         model,
         token_loss=_token_loss(arch, session),
+        vocab_size=arch.vocab_size,
         optimizer=_optimizer(config, session.ops, model.named_parameters()),
         groups=session.groups,
         accelerator=session.accelerator,
@@ -57,16 +51,14 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
     )
 
 
-def _build_deepspeed(
-    config: RunConfig, session: Session, arch: Architecture, ds_config: Mapping[str, Any]
-) -> DeepSpeedEngine:
+def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) -> DeepSpeedEngine:
     model = _model(config, session, arch, session.device)
     initialise_parameters(model, arch, session.groups, config.training.seed)
     return DeepSpeedEngine(
         model,
         token_loss=_token_loss(arch, session),
         optimizer=_optimizer(config, session.ops, model.named_parameters()),
-        config=ds_config,
+        config=merge(config.deepspeed_document, config),
         groups=session.groups,
         accelerator=session.accelerator,
         device=session.device,

@@ -6,7 +6,7 @@ The only file that imports DeepSpeed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron import checkpoint
 from megatron.accelerators.base import Accelerator
+from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.sharding import shard_dim
 from megatron.training import gradients
-from megatron.training.engine import StepResult, StepSettings
+from megatron.training.engine import SaveTarget, StepResult, StepSettings
 from megatron.training.optimizer import set_schedules
 from megatron.training.loss import TokenLoss
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
+
+_TAG = "deepspeed"
+"""Folder of DeepSpeed's files within a checkpoint."""
 
 
 class ModelParallelUnit:
@@ -147,6 +152,31 @@ class DeepSpeedEngine:
             value = safe_get_full_fp32_param(parameter) if gathered else parameter.detach()
             copies[self._holders(parameter)].append(value)
         return self._norm(copies)
+
+    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
+        """Write DeepSpeed's own files, which this layout can read; see `Engine`."""
+        return checkpoint.save_directory(
+            target.root,
+            iteration,
+            lambda folder: self.engine.save_checkpoint(str(folder), tag=_TAG),
+            progress,
+            run,
+            keep_last=target.keep_last,
+            retain_interval=target.retain_interval,
+            log=target.log,
+        )
+
+    def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
+        """Restore from DeepSpeed's own files; see `Engine`."""
+        loaded = checkpoint.load_directory(root, iteration=iteration, log=log)
+        if loaded is None:
+            return None
+        path, _ = self.engine.load_checkpoint(
+            str(loaded.path), tag=_TAG, load_optimizer_states=optimizer, load_module_only=not optimizer
+        )
+        if path is None:
+            raise checkpoint.CheckpointError(f"DeepSpeed found nothing to load in {loaded.path / _TAG}")
+        return loaded
 
     def _set_microbatches(self, number: int) -> None:
         """Batch ramp-up: DeepSpeed counts micro-batches itself, so it has to be told."""

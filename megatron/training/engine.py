@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
 
 
@@ -33,6 +34,18 @@ class StepSettings:
     weight_decay: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class SaveTarget:
+    """Where checkpoints go, and which old ones stay; see `megatron.checkpoint.save`."""
+
+    root: Path
+    optimizer: bool = True
+    """Whether the optimizer state is saved."""
+    keep_last: int | None = None
+    retain_interval: int | None = None
+    log: Callable[[str], None] = print
+
+
 class Engine(Protocol):
     """Owns the model's parameters, gradients and optimizer state."""
 
@@ -48,10 +61,10 @@ class Engine(Protocol):
         """L2 norm of all parameters of the model."""
         ...
 
-    def save(self, root: Path, iteration: int, progress: dict[str, Any], run: dict[str, Any]) -> Path:
+    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
         """Write a checkpoint; called by all ranks."""
         ...
 
-    def load(self, root: Path, iteration: int | None, *, optimizer: bool) -> dict[str, Any]:
-        """Restore weights, and the optimizer state if asked; return what `save` was given as `progress`."""
+    def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
+        """Restore the weights, and the optimizer state if asked; None if there is no checkpoint. Called by all ranks."""
         ...

@@ -96,6 +96,13 @@ class BatchPlan:
         size = self._size(consumed_samples)
         return BatchSize(size, size // (self.micro_batch_size * self.data_parallel_size))
 
+    @property
+    def final(self) -> BatchSize:
+        """The batch size after the ramp-up: that of evaluations, too."""
+        return BatchSize(
+            self.global_batch_size, self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+        )
+
     def _size(self, consumed_samples: int) -> int:
         ramp = self.ramp_up
         steps = 0 if ramp is None else (self.global_batch_size - ramp.start) // ramp.increment

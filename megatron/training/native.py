@@ -14,18 +14,22 @@ Parameters are DTensors that know how they are split over tensor-parallel ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from megatron import checkpoint
 from megatron.accelerators.base import Accelerator
+from megatron.checkpoint import Loaded, TrainingState
 from megatron.data.batch import Batch
 from megatron.mpu.groups import ProcessGroups
 from megatron.training import gradients
-from megatron.training.engine import StepResult, StepSettings
+from megatron.training.engine import SaveTarget, StepResult, StepSettings
 from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
 from megatron.training.optimizer import set_schedules
@@ -70,6 +74,7 @@ class NativeEngine:
         model: nn.Module,
         *,
         token_loss: TokenLoss,
+        vocab_size: int,
         optimizer: torch.optim.Optimizer,
         groups: ProcessGroups,
         accelerator: Accelerator,
@@ -80,6 +85,7 @@ class NativeEngine:
         self.optimizer = optimizer
         self.loss_scale = settings.loss_scale
         self._micro_step = MicroStep(model, token_loss)
+        self._vocab_size = vocab_size
         self._groups = groups
         self._accelerator = accelerator
         self._device = device
@@ -111,6 +117,43 @@ class NativeEngine:
         """L2 norm of all parameters; see `Engine`."""
         copies = self._by_copies(self.model.parameters())
         return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
+
+    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
+        """Write a checkpoint that any layout can read; see `Engine`."""
+        state = TrainingState(
+            tensors=self._tensors(optimizer=target.optimizer),
+            progress={**progress, "loss_scale": self.loss_scale.state()},
+            run=run,
+            vocab_size=self._vocab_size,
+        )
+        return checkpoint.save(
+            target.root,
+            iteration,
+            state,
+            keep_last=target.keep_last,
+            retain_interval=target.retain_interval,
+            log=target.log,
+        )
+
+    def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
+        """Restore weights and optimizer state from a checkpoint of any layout; see `Engine`."""
+        loaded = checkpoint.load(
+            root,
+            into=self._tensors(optimizer=optimizer),
+            iteration=iteration,
+            sections=None if optimizer else {"model"},
+            vocab_size=self._vocab_size,
+            log=log,
+        )
+        if loaded is not None and optimizer and self._settings.loss_scale.window:
+            self.loss_scale = LossScale(**loaded.progress["loss_scale"])
+        return loaded
+
+    def _tensors(self, *, optimizer: bool) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by logical name."""
+        named = dict(self.model.named_parameters())
+        tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in named.items()}
+        return tensors | (checkpoint.optimizer_tensors(self.optimizer, named.items()) if optimizer else {})
 
     def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> float:
         """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss."""

@@ -15,7 +15,7 @@ from megatron.config.run import RunConfig
 from megatron.mpu.groups import ProcessGroups, build_groups
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
-from megatron.training.report import Printer
+from megatron.training.report import Printers
 
 
 class SetupError(ValueError):
@@ -32,7 +32,7 @@ class Session:
     ops: Ops
     op_lines: tuple[str, ...]
     """One line per operation: which implementation was chosen and why."""
-    log: Printer
+    printers: Printers
 
 
 def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
@@ -56,11 +56,11 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         pp=parallel.pipeline_model_parallel_size,
     )
     groups = build_groups(topology, accelerator.torch_device_type, dp_replicas=_replicas(config, topology))
-    log = Printer(active=dist.get_rank() == 0)
+    printers = Printers.of(dist.get_rank(), dist.get_world_size())
     for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
-        log(line)
+        printers.rank0(line)
     return Session(
-        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), log=log
+        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
     )
 
 

@@ -1,0 +1,74 @@
+"""From settings to the streams of micro-batches of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.config.run import RunConfig
+from megatron.data.loader import Consumed, DataIterators, build_data_iterators
+from megatron.data.samplers import Share
+from megatron.data.settings import DataSettings, SampleCounts, sample_counts
+from megatron.tokenizer import Tokenizer
+from megatron.training.setup import Session
+from megatron.training.state import TrainState
+
+
+def build_data(
+    config: RunConfig, session: Session, tokenizer: Tokenizer, state: TrainState, report: Callable[[str], None]
+) -> DataIterators:
+    """The streams, going on where `state` is. Called by all ranks."""
+    groups = session.groups
+    share = Share(
+        rank=groups.dp.rank, size=groups.dp.size, micro_batch_size=config.training.micro_batch_size
+    )
+    return build_data_iterators(
+        data_settings(config),
+        counts(config),
+        share=share,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        consumed=Consumed(train=state.samples, valid=state.valid_samples),
+        device=session.device,
+        pin_memory=session.accelerator.capabilities.pinned_memory,
+        report=report,
+    )
+
+
+def data_settings(config: RunConfig) -> DataSettings:
+    """What the flags say about the data."""
+    data = config.data
+    return DataSettings(
+        seq_length=data.seq_length,
+        seed=config.training.seed,
+        data_path=data.data_path or (),
+        train_data_path=data.train_data_path or (),
+        valid_data_path=data.valid_data_path or (),
+        test_data_path=data.test_data_path or (),
+        split=data.split,
+        mock_data=data.mock_data,
+        data_cache_path=Path(data.data_cache_path) if data.data_cache_path else None,
+        train_data_exact_num_epochs=data.train_data_exact_num_epochs,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        dataloader_type=data.dataloader_type,
+        num_workers=data.num_workers,
+    )
+
+
+def counts(config: RunConfig) -> SampleCounts:
+    """Samples that the run takes of each split."""
+    training = config.training
+    if training.skip_train:
+        wanted = sample_counts(
+            0, train_iters=0, eval_interval=1, eval_iters=training.eval_iters, global_batch_size=training.global_batch_size
+        )
+        return wanted
+    return sample_counts(
+        training.train_samples or training.train_iters * training.global_batch_size,
+        train_iters=training.train_iters,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        global_batch_size=training.global_batch_size,
+    )

@@ -1,0 +1,56 @@
+"""Continuing from a checkpoint: weights, optimizer, schedule and position, or a part of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpoint import CheckpointError
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.training.engine import Engine
+from megatron.training.lr import LrSchedule, SchedulePosition, load_schedule
+from megatron.training.report import Printer
+from megatron.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where the run goes on from; `iteration` of `state` is 0 for a new run."""
+
+    state: TrainState
+    schedule: LrSchedule
+
+
+def resume(
+    engine: Engine, schedule: LrSchedule, settings: CheckpointConfig, optimizer: OptimizerConfig, log: Printer
+) -> Resumed:
+    """Load what `--load` names into the engine; called by all ranks.
+
+    Raises:
+        CheckpointError: there is no checkpoint and `--exit-on-missing-checkpoint` was given, or it cannot be loaded.
+        ScheduleError: the schedule differs from the checkpoint's and no flag says which one holds.
+    """
+    fresh = Resumed(TrainState(), schedule)
+    if settings.load is None:
+        return fresh
+    weights_only = settings.finetune or bool(settings.no_load_optim)
+    loaded = engine.load(Path(settings.load), settings.ckpt_step, optimizer=not weights_only, log=log)
+    if loaded is None:
+        if settings.exit_on_missing_checkpoint:
+            raise CheckpointError(f"--load {settings.load}: there is no checkpoint (--exit-on-missing-checkpoint)")
+        log(f"WARNING: could not find the metadata file {settings.load}/latest_checkpointed_iteration.txt")
+        log("    will not load any checkpoints and will start from random")
+        return fresh
+    if settings.finetune:
+        return fresh
+    saved = loaded.progress["opt_param_scheduler"]
+    position = SchedulePosition()
+    if not settings.no_load_lr_state:
+        schedule, position = load_schedule(
+            schedule,
+            saved,
+            override=optimizer.override_opt_param_scheduler,
+            use_checkpoint=optimizer.use_checkpoint_opt_param_scheduler,
+        )
+    return Resumed(TrainState.from_progress(loaded.progress, position), schedule)

@@ -1,0 +1,209 @@
+"""A whole run: from the settings to the last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron
+from megatron import checkpoint
+from megatron.config import dump
+from megatron.config.architecture import Architecture
+from megatron.config.run import RunConfig
+from megatron.training.build import build_engine
+from megatron.training.data import build_data
+from megatron.training.engine import SaveTarget
+from megatron.training.loop import LoopSettings, Training
+from megatron.training.lr import LrSchedule, build_schedule
+from megatron.training.microbatches import BatchPlan, RampUp
+from megatron.training.profiler import parse_steps, profile
+from megatron.training.report import dated
+from megatron.training.reporting import build_reporter
+from megatron.training.resume import resume
+from megatron.training.setup import Session, start
+from megatron.training.signals import ExitRules, parse_signal
+from megatron.training.timers import Timers
+from megatron.training.vocabulary import build_vocabulary
+
+
+def run(config: RunConfig) -> None:
+    """Train, evaluate and save as the settings say. Called by all ranks.
+
+    Raises:
+        ValueError: of a kind that this package defines, for whatever the user can put right.
+    """
+    started = time.monotonic()
+    session = start(config)
+    say = session.printers.rank0
+    for line in dump.lines(config):
+        say(line)
+    training = build_training(config, session, started)
+    say("done with setup ...")
+    say(dated("before the start of training step", datetime.now()))
+    leaving = None
+    try:
+        if config.training.skip_train:
+            say("skipping training (--skip-train is on) ...")
+        else:
+            say("training ...")
+            leaving = training.train()
+            say(dated("after training is done", datetime.now()))
+        if leaving is None and training.settings.eval_iters:
+            training.evaluate("validation", final=True)
+            training.evaluate("test", final=True)
+    finally:
+        training.reporter.close()
+
+
+def build_training(config: RunConfig, session: Session, started: float) -> Training:
+    """Everything a run needs, with the checkpoint of `--load` restored."""
+    say = session.printers.rank0
+    timers = Timers(
+        config.logging.timing_log_level,
+        synchronize=session.accelerator.synchronize,
+        barrier=dist.barrier if config.logging.barrier_with_L1_time else None,
+    )
+    tokenizer, arch = build_vocabulary(config, say)
+    if config.checkpoint.save is not None:
+        checkpoint.check_writable(config.checkpoint.save)
+    plan = batch_plan(config)
+    say(plan.describe())
+    engine = build_engine(config, session, arch)
+    say(f" > number of parameters: {arch.num_parameters()} (whole model, without vocabulary padding)")
+    with timers("load-checkpoint"):
+        resumed = resume(engine, lr_schedule(config), config.checkpoint, config.optimizer, say)
+    record = run_record(config, session, arch)
+    say("> building train, validation, and test datasets ...")
+    data = build_data(config, session, tokenizer, resumed.state, say)
+    reporter = build_reporter(config, session, arch, timers, record, resumed.state.iteration)
+    return Training(
+        engine=engine,
+        data=data,
+        schedule=resumed.schedule,
+        plan=plan,
+        settings=loop_settings(config),
+        reporter=reporter,
+        timers=timers,
+        printers=reporter.printers,
+        exits=exit_rules(config),
+        all_reduce_max=lambda value: _all_reduce_max(value, session.device),
+        rank=session.groups.world.rank,
+        save_target=save_target(config, say),
+        run_record=record,
+        started=started,
+        profile=_profile(config, session),
+        state=resumed.state,
+        saved_at=resumed.state.iteration or None,
+    )
+
+
+def batch_plan(config: RunConfig) -> BatchPlan:
+    """Global batch size over the run."""
+    training = config.training
+    return BatchPlan(
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        data_parallel_size=config.parallel.data_parallel_size,
+        ramp_up=RampUp.parse(training.rampup_batch_size) if training.rampup_batch_size else None,
+    )
+
+
+def lr_schedule(config: RunConfig) -> LrSchedule:
+    """Learning rate and weight decay over the run."""
+    training, optimizer = config.training, config.optimizer
+    by_samples = training.train_samples is not None
+    return build_schedule(
+        train_iters=None if by_samples else max(1, training.train_iters),
+        train_samples=training.train_samples,
+        global_batch_size=training.global_batch_size,
+        seq_length=config.data.seq_length,
+        **{name: getattr(optimizer, name) for name in _SCHEDULE_SETTINGS},
+    )
+
+
+_SCHEDULE_SETTINGS = (
+    *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_decay_tokens"),
+    *("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_init"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+
+
+def loop_settings(config: RunConfig) -> LoopSettings:
+    """When things happen."""
+    training = config.training
+    return LoopSettings(
+        train_iters=training.train_iters,
+        seq_length=config.data.seq_length,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        save_interval=config.checkpoint.save_interval,
+        skip=frozenset(training.iterations_to_skip),
+        gc_interval=training.manual_gc_interval if training.manual_gc else None,
+        log_params_norm=config.logging.log_params_norm,
+    )
+
+
+def exit_rules(config: RunConfig) -> ExitRules:
+    """What ends the run early."""
+    training = config.training
+    return ExitRules(
+        on_signal=parse_signal(training.exit_signal) if training.exit_signal_handler else None,
+        after_minutes=training.exit_duration_in_mins,
+        every=training.exit_interval,
+        kill_switch=Path(training.kill_switch_file) if training.kill_switch_file else None,
+    )
+
+
+def save_target(config: RunConfig, say: Callable[[str], None]) -> SaveTarget | None:
+    """Where checkpoints go; None if the run is not saved."""
+    settings = config.checkpoint
+    if settings.save is None:
+        return None
+    return SaveTarget(
+        root=Path(settings.save),
+        optimizer=not settings.no_save_optim,
+        keep_last=settings.keep_last,
+        retain_interval=settings.save_retain_interval,
+        log=say,
+    )
+
+
+def run_record(config: RunConfig, session: Session, arch: Architecture) -> dict[str, Any]:
+    """What is being trained and with what, for checkpoints and metrics; JSON."""
+    return {
+        "settings": config.as_namespace(),
+        "architecture": dataclasses.asdict(arch),
+        "ops": list(session.op_lines),
+        "layout": dataclasses.asdict(session.groups.topology) | {"device": session.accelerator.name},
+        "versions": {
+            "megatron": megatron.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _all_reduce_max(value: int, device: torch.device) -> int:
+    if dist.get_world_size() == 1:
+        return value
+    highest = torch.tensor(value, device=device)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return int(highest.item())
+
+
+def _profile(config: RunConfig, session: Session) -> Callable[[int], None]:
+    logging, rank = config.logging, session.groups.world.rank
+    wanted = logging.profile_ranks is None or rank in logging.profile_ranks
+    if logging.profile is None or not wanted:
+        return lambda iteration: None
+    folder = Path(logging.tensorboard_dir or config.checkpoint.save or ".") / "profile"
+    return profile(logging.profile, parse_steps(logging.profile_steps), folder, rank, session.printers.every)
