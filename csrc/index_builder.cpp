@@ -9,6 +9,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <pybind11/numpy.h>
@@ -246,6 +247,93 @@ py::tuple build_exhaustive_blending_indices(const py::array& sizes) {
                           give_away<int64_t>(std::move(samples), {static_cast<py::ssize_t>(total)}));
 }
 
+// The Mersenne Twister behind numpy's RandomState, continued from its state.
+class Twister {
+public:
+    Twister(uint32_t* key, int64_t position) : key_(key), position_(position) {}
+
+    int64_t position() const { return position_; }
+
+    uint32_t next32() {
+        if (position_ >= kSize) refill();
+        uint32_t y = key_[position_++];
+        y ^= y >> 11;
+        y ^= (y << 7) & 0x9d2c5680u;
+        y ^= (y << 15) & 0xefc60000u;
+        return y ^ (y >> 18);
+    }
+
+    // Uniform in [0, highest], drawn as numpy's legacy generator does: masked bits, again while too high.
+    uint64_t below_or_equal(uint64_t highest) {
+        uint64_t mask = highest;
+        for (int shift = 1; shift < 64; shift *= 2) mask |= mask >> shift;
+        while (true) {
+            uint64_t value = next32();
+            if (highest > 0xffffffffu) value = (value << 32) | next32();
+            value &= mask;
+            if (value <= highest) return value;
+        }
+    }
+
+    static constexpr int64_t kSize = 624;
+
+private:
+    static uint32_t twist(uint32_t upper, uint32_t lower) {
+        const uint32_t y = (upper & 0x80000000u) | (lower & 0x7fffffffu);
+        return (y >> 1) ^ ((y & 1u) ? 0x9908b0dfu : 0u);
+    }
+
+    void refill() {
+        for (int64_t i = 0; i < kSize; ++i) {
+            key_[i] = key_[(i + 397) % kSize] ^ twist(key_[i], key_[(i + 1) % kSize]);
+        }
+        position_ = 0;
+    }
+
+    uint32_t* key_;
+    int64_t position_;
+};
+
+// Fisher-Yates from the end. The partners are drawn in blocks so that their cache lines can be fetched in advance.
+template <typename T>
+void shuffle_values(T* values, int64_t size, Twister& twister) {
+    constexpr int64_t kBlock = 256;
+    uint64_t partners[kBlock];
+    for (int64_t last = size - 1; last > 0; last -= kBlock) {
+        const int64_t count = std::min(kBlock, last);
+        for (int64_t k = 0; k < count; ++k) {
+            partners[k] = twister.below_or_equal(static_cast<uint64_t>(last - k));
+            __builtin_prefetch(values + partners[k], 1);
+        }
+        for (int64_t k = 0; k < count; ++k) std::swap(values[last - k], values[partners[k]]);
+    }
+}
+
+int64_t shuffle(py::array values, py::array_t<uint32_t> key, int64_t position) {
+    const bool narrow = py::isinstance<py::array_t<int32_t>>(values) || py::isinstance<py::array_t<uint32_t>>(values);
+    if (!narrow && !py::isinstance<py::array_t<int64_t>>(values)) refuse("values must be int32, uint32 or int64");
+    const int wanted = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (values.ndim() != 1 || (values.flags() & wanted) != wanted) {
+        refuse("values must have one dimension and be contiguous and aligned");
+    }
+    if (key.ndim() != 1 || key.shape(0) != Twister::kSize || (key.flags() & wanted) != wanted) {
+        refuse("key must hold the 624 words of a Mersenne Twister");
+    }
+    if (position < 0 || position > Twister::kSize) refuse("position must be 0 to 624");
+    void* data = values.mutable_data();
+    Twister twister(key.mutable_data(), position);
+    const int64_t size = values.shape(0);
+    {
+        py::gil_scoped_release release;
+        if (narrow) {
+            shuffle_values(static_cast<uint32_t*>(data), size, twister);
+        } else {
+            shuffle_values(static_cast<uint64_t*>(data), size, twister);
+        }
+    }
+    return twister.position();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_index_builder, module) {
@@ -266,4 +354,7 @@ PYBIND11_MODULE(_index_builder, module) {
     module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes"),
                "(dataset int16, sample int64): every sample of every dataset once, mixed in proportion to the sizes.\n\n"
                "sizes int64 [datasets], positive.");
+    module.def("shuffle", &shuffle, py::arg("values").noconvert(), py::arg("key").noconvert(), py::arg("position"),
+               "Shuffle values in place as numpy.random.RandomState.shuffle does; returns the new position.\n\n"
+               "values [n] int32, uint32 or int64; key uint32 [624] and position are the state, key changes in place.");
 }

@@ -23,7 +23,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from megatron.data.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-TOKEN_DTYPES = {
+TOKEN_DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),
@@ -49,14 +49,14 @@ _CHUNK = 1 << 18
 Array = npt.NDArray[np.generic]
 
 
-def token_dtype(vocab_size: int | None) -> np.dtype[np.generic]:
+def token_dtype(vocab_size: int | None) -> np.dtype[Any]:
     """The token type Megatron writes for a vocabulary: uint16 below 65500 tokens, else (or if unknown) int32."""
     if vocab_size is not None and vocab_size < _LARGEST_UINT16_VOCABULARY:
         return TOKEN_DTYPES[8]
     return TOKEN_DTYPES[4]
 
 
-def dtype_code(dtype: np.dtype[np.generic]) -> int:
+def dtype_code(dtype: np.dtype[Any]) -> int:
     """The code of a token type in the header.
 
     Raises:
@@ -73,7 +73,7 @@ class IndexFile:
     """The content of one checked `.idx` file. The arrays are read-only views of the mapped file, maybe unaligned."""
 
     path: Path
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
     lengths: npt.NDArray[np.int32]
     """[S] tokens of each sequence."""
     pointers: npt.NDArray[np.int64]
@@ -84,7 +84,7 @@ class IndexFile:
 
     def fingerprint(self) -> str:
         """A hash of the sequence lengths: everything a sample order depends on."""
-        return hashlib.sha256(memoryview(self.lengths).cast("B")).hexdigest()
+        return hashlib.sha256(self.lengths.view(np.uint8).data).hexdigest()
 
 
 def read_index(path: Path) -> IndexFile:
@@ -123,7 +123,7 @@ def _map(path: Path) -> mmap.mmap | bytes:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _read_header(path: Path, content: mmap.mmap | bytes) -> tuple[np.dtype[np.generic], int, int]:
+def _read_header(path: Path, content: mmap.mmap | bytes) -> tuple[np.dtype[Any], int, int]:
     start = bytes(content[: HEADER.size])
     if start.startswith(b"version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from.")
@@ -143,9 +143,7 @@ def _read_header(path: Path, content: mmap.mmap | bytes) -> tuple[np.dtype[np.ge
     return TOKEN_DTYPES[code], num_sequences, num_documents
 
 
-def _check_sequences(
-    path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64], itemsize: int
-) -> int:
+def _check_sequences(path: Path, lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64], itemsize: int) -> int:
     """The number of tokens; refuses negative lengths and offsets that are not the sums of the lengths before."""
     start = 0
     for first in range(0, len(lengths), _CHUNK):
@@ -174,11 +172,13 @@ def _check_documents(path: Path, documents: npt.NDArray[np.int64], num_sequences
         chunk = documents[first : first + _CHUNK + 1]
         falls = chunk[1:] < chunk[:-1]
         if falls.any():
-            raise DataError(f"{path} is damaged: its document index falls at entry {first + int(np.argmax(falls)) + 1}.")
+            raise DataError(
+                f"{path} is damaged: its document index falls at entry {first + int(np.argmax(falls)) + 1}."
+            )
 
 
 def write_index(
-    file: BinaryIO, dtype: np.dtype[np.generic], lengths: npt.NDArray[np.int32], documents: npt.NDArray[np.int64]
+    file: BinaryIO, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32], documents: npt.NDArray[np.int64]
 ) -> None:
     """Write a whole `.idx`: lengths [S] in tokens, documents [documents + 1] as first sequence numbers."""
     file.write(HEADER.pack(MAGIC, VERSION, dtype_code(dtype), len(lengths), len(documents)))

@@ -75,7 +75,9 @@ class IndexedDatasetWriter:
         values = self._converted(tokens)
         lengths = [len(values)] if lengths is None else lengths
         if sum(lengths) != len(values) or any(length < 0 for length in lengths):
-            raise DataError(f"Sequence lengths {list(lengths)[:8]} do not divide the {len(values)} tokens of a document.")
+            raise DataError(
+                f"Sequence lengths {list(lengths)[:8]} do not divide the {len(values)} tokens of a document."
+            )
         for length in lengths:
             self._append_length(length)
         self._file.write(values.tobytes())
@@ -122,7 +124,9 @@ class IndexedDatasetWriter:
     def _converted(self, tokens: npt.ArrayLike) -> npt.NDArray[Any]:
         values = np.asarray(tokens)
         if len(values) and (values.min() < self._limits.min or values.max() > self._limits.max):
-            raise DataError(f"Token id {values.max()} does not fit {self.dtype}: choose the type with the vocabulary size.")
+            raise DataError(
+                f"Token id {values.max()} does not fit {self.dtype}: choose the type with the vocabulary size."
+            )
         return values.astype(self.dtype)
 
     def _append_length(self, length: int) -> None:

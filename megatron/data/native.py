@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 
@@ -14,10 +15,9 @@ def index_builder() -> ModuleType:
         ImportError: the extension was not built for this Python.
     """
     try:
-        from megatron.data import _index_builder
+        return importlib.import_module("megatron.data._index_builder")
     except ImportError as error:
         raise ImportError(
             f"The C++ index builders are not usable ({error}). "
             "Build them once, from the root of the repository and with this Python: pip install -e ."
         ) from error
-    return _index_builder

@@ -1,0 +1,213 @@
+"""From datasets to streams of micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from megatron.data.batch import Batch, MaskRules, make_batch, mix_seed
+from megatron.data.blend import Samples
+from megatron.data.datasets import build_datasets
+from megatron.data.errors import DataError
+from megatron.data.indexed_dataset import Tokens
+from megatron.data.samplers import PADDING, CyclicSampler, SampleRef, SequentialSampler, ShardedCyclicSampler, Share
+from megatron.data.settings import DataSettings, SampleCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How micro-batches are made on one rank.
+
+    Attributes:
+        share: the part of the stream that this data-parallel rank reads. Ranks that differ only in their tensor- or
+            pipeline-parallel place pass the same share and read the same data; nothing is broadcast.
+        rules: what EOD does.
+        seed: of the run; dropout seeds derive from it.
+        num_workers: processes that read ahead; 0 reads in this process.
+        pin_memory: page-locked batches, where the device copies from them faster.
+    """
+
+    share: Share
+    rules: MaskRules
+    seed: int
+    num_workers: int = 0
+    pin_memory: bool = False
+
+
+class BatchStream:
+    """Iterator over the micro-batches of one rank.
+
+    `next` goes on where the last one stopped. A stream over a whole pass ends with StopIteration after the same number
+    of micro-batches on every rank, the last ones filled up with masked samples; `rewind` starts it again.
+    """
+
+    def __init__(self, dataset: Samples, sampler: _Sampler, options: LoaderOptions) -> None:
+        self.num_samples = len(dataset)
+        self.rewinds_to = sampler.start
+        self._loader = _loader(dataset, sampler, options)
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        return next(self._batches)
+
+    def rewind(self) -> None:
+        """Begin again where the stream began."""
+        self._batches = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIterators:
+    """The streams of one rank; None where a split has no data or none is wanted."""
+
+    train: BatchStream | None
+    valid: BatchStream | None
+    test: BatchStream | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consumed:
+    """Samples that a run has taken so far, over all ranks; what a checkpoint records."""
+
+    train: int = 0
+    valid: int = 0
+
+
+def build_data_iterators(
+    settings: DataSettings,
+    counts: SampleCounts,
+    *,
+    share: Share,
+    vocab_size: int,
+    eod: int,
+    consumed: Consumed = Consumed(),
+    device: torch.device | None = None,
+    pin_memory: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> DataIterators:
+    """Everything from settings to micro-batches. With torch.distributed, all ranks must call it.
+
+    Args:
+        settings: where the data is and how it is read.
+        counts: samples of each split; where it says None, `rewind` starts another pass over all of them.
+        share: part of this data-parallel rank.
+        vocab_size: token ids outside of it are refused.
+        eod: end-of-document token.
+        consumed: where to go on.
+        device: where ranks tell each other whether it worked.
+        pin_memory: page-locked batches.
+        report: receives lines for the log.
+
+    Raises:
+        DataError: the data cannot be used; on every rank, also when only one of them found out.
+    """
+    rules = MaskRules(
+        eod=eod,
+        reset_position_ids=settings.reset_position_ids,
+        reset_attention_mask=settings.reset_attention_mask,
+        eod_mask_loss=settings.eod_mask_loss,
+    )
+    options = LoaderOptions(
+        share=share, rules=rules, seed=settings.seed, num_workers=settings.num_workers, pin_memory=pin_memory
+    )
+    with _Agreement(device):
+        datasets = build_datasets(settings, counts, vocab_size=vocab_size, eod=eod, report=report)
+        return DataIterators(
+            train=_train_stream(settings, datasets.train, consumed.train, options),
+            valid=_eval_stream(datasets.valid, counts.valid, consumed.valid, options),
+            test=_eval_stream(datasets.test, counts.test, 0, options),
+        )
+
+
+_Sampler = SequentialSampler | CyclicSampler | ShardedCyclicSampler
+
+
+def _train_stream(
+    settings: DataSettings, dataset: Samples | None, start: int, options: LoaderOptions
+) -> BatchStream | None:
+    if dataset is None:
+        return None
+    kind: type[_Sampler] = SequentialSampler
+    if settings.dataloader_type == "cyclic":
+        kind = ShardedCyclicSampler if settings.data_sharding else CyclicSampler
+    return BatchStream(dataset, kind(total=len(dataset), start=start, share=options.share), options)
+
+
+def _eval_stream(dataset: Samples | None, wanted: int | None, start: int, options: LoaderOptions) -> BatchStream | None:
+    if dataset is None:
+        return None
+    everything = wanted is None
+    sampler = SequentialSampler(
+        total=len(dataset), start=0 if everything else start, share=options.share, fill_last=everything
+    )
+    return BatchStream(dataset, sampler, options)
+
+
+class _Agreement:
+    """A block that fails on every rank when it fails on one, instead of leaving the others to wait for it."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        failed = torch.tensor([0.0 if error is None else 1.0], device=self._device)
+        dist.all_reduce(failed)
+        if error is None and failed.item() > 0:
+            raise DataError(
+                f"The data could not be prepared on {int(failed.item())} other rank(s); see their messages."
+            )
+
+
+@dataclass(frozen=True)
+class _Positioned:
+    """A dataset that is asked by place in the stream and gives the place back with the tokens."""
+
+    dataset: Samples
+
+    def __getitem__(self, ref: SampleRef) -> tuple[SampleRef, Tokens]:
+        return ref, self.dataset[0 if ref.index == PADDING else ref.index]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    rules: MaskRules
+    seed: int
+
+    def __call__(self, items: Sequence[tuple[SampleRef, Tokens]]) -> Batch:
+        samples = np.stack([tokens for _, tokens in items])
+        real = np.array([ref.index != PADDING for ref, _ in items])
+        return make_batch(samples, real, self.rules, mix_seed(self.seed, items[0][0].position))
+
+
+def _loader(dataset: Samples, sampler: _Sampler, options: LoaderOptions) -> DataLoader[Any]:
+    positioned: Any = _Positioned(dataset)
+    batches: Any = sampler
+    return DataLoader(
+        positioned,
+        batch_sampler=batches,
+        collate_fn=_Collate(options.rules, options.seed),
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory,
+        worker_init_fn=_one_thread if options.num_workers else None,
+        persistent_workers=options.num_workers > 0,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """Workers only copy tokens; more threads would take processors from the training process."""
+    torch.set_num_threads(1)
