@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.schema import derived, option
+from megatron.config.schema import derived, option, resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +13,10 @@ class ParallelConfig:
     """The layout. `world_size` and `local_rank` come from the environment of the launcher."""
 
     world_size: int = derived()  # ranks
-    local_rank: int = option(
-        0, "Number of this rank on its node, in ranks. Default: LOCAL_RANK.", "--local-rank", aliases=("--local_rank",)
+    local_rank: int = resolved(
+        "Number of this rank among the ranks of its node. Default: LOCAL_RANK of the environment, or 0.",
+        aliases=("--local_rank",),
+        minimum=0,
     )
     data_parallel_size: int = derived()  # ranks
 
