@@ -3,7 +3,7 @@
 # Every setting can be given in the environment; flags go to the training runs. See tools/quickstart.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-python=$(python3 tools/environment.py --extras hf,plot)
+python=$(python3 tools/environment.py --extras plot)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 export OUTPUT_DIR=${OUTPUT_DIR:-runs/cpu_llama}

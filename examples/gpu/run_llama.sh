@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${DATA_PATH:?set it to the prefix of the .bin and .idx files that tools/preprocess_data.py wrote}"
 : "${TOKENIZER_MODEL:?set it to the folder or file of the tokenizer that the data was made with}"
-python=$(python3 tools/environment.py --extras hf,plot)
+python=$(python3 tools/environment.py --extras plot)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 export PRESET=${PRESET:-llama3.2-1b} TOKENIZER_TYPE=${TOKENIZER_TYPE:-HFTokenizer} DEVICE=cuda

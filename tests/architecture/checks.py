@@ -20,7 +20,7 @@ LAYERS = (
     ("mpu",),
     ("model", "data", "tokenizer"),
     ("checkpoint",),
-    ("training",),
+    ("training", "generation"),
     ("launch",),
 )
 LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}
@@ -270,27 +270,32 @@ def private_paths(source: Source) -> list[str]:
     ]
 
 
-def unread_fields(sections: Iterable[Source], readers: Iterable[Source]) -> list[str]:
-    """Fields of the dataclasses in `sections` that no attribute access in `readers` ever names."""
-    read = {
-        node.attr
-        for source in readers
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
-    found = []
-    for source in sections:
-        for holder in ast.walk(source.tree):
-            if not isinstance(holder, ast.ClassDef) or not _is_dataclass(holder):
-                continue
-            for node in holder.body:
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id not in read:
-                    found.append(f"{source.at(node)} {holder.name}.{node.target.id} is never read")
-    return found
+def settings_of(source: Source) -> list[tuple[str, str]]:
+    """Where and what the settings of a configuration module are: fields made by `option`, `resolved` or `derived`."""
+    return [
+        (f"{source.at(node)} {holder.name}", node.target.id)
+        for holder in ast.walk(source.tree)
+        if isinstance(holder, ast.ClassDef)
+        for node in holder.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call)
+        if ast.unparse(node.value.func) in ("option", "resolved", "derived")
+    ]
 
 
-def _is_dataclass(node: ast.ClassDef) -> bool:
-    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+def unread_settings(sources: Iterable[Source]) -> list[str]:
+    """Settings that no module but the one that defines them names, as an attribute or as a key."""
+    everything = list(sources)
+    definitions = {source.path: settings_of(source) for source in everything}
+    named: set[str] = set()
+    for source in everything:
+        if not definitions[source.path]:
+            for node in ast.walk(source.tree):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    named.add(node.attr)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    named.add(node.value)
+    defined = [setting for found in definitions.values() for setting in found]
+    return [f"{place}.{name} is never read" for place, name in defined if name not in named]
 
 
 FILE_CHECKS: tuple[Callable[[Source], list[str]], ...] = (

@@ -50,10 +50,11 @@ def test_every_file_check_has_a_sample():
     assert set(checks.FILE_CHECKS) <= {case[0] for case in CASES}
 
 
-def test_unread_field_is_found():
-    section = Source("megatron/config/a.py", "@dataclass\nclass A:\n    used: int = 1\n    forgotten: int = 2\n")
-    reader = Source("megatron/training/b.py", "x = a.used\na.forgotten = 3")
-    assert checks.unread_fields([section], [reader]) == ["megatron/config/a.py:4 A.forgotten is never read"]
+def test_unread_setting_is_found():
+    fields = ("used: int = option(1)", "by_key: int = option(1)", "forgotten: int = option(2)", "constant: int = 1")
+    section = Source("megatron/config/a.py", "class A:\n" + "".join(f"    {field}\n" for field in fields))
+    reader = Source("megatron/training/b.py", "x = a.used\na.forgotten = 3\ny = settings['by_key']")
+    assert checks.unread_settings([section, reader]) == ["megatron/config/a.py:4 A.forgotten is never read"]
 
 
 def test_device_code_may_name_devices():

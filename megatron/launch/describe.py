@@ -1,0 +1,33 @@
+"""A plan in words, for `--dry-run` and the first lines of a launch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+
+from megatron.config.deepspeed import merge
+from megatron.config.run import RunConfig
+from megatron.launch.plan import Plan
+
+
+def variables(plan: Plan) -> Iterator[str]:
+    """One line per variable that was read, with the flags it stands for."""
+    for reading in plan.readings:
+        meaning = "overridden" if reading.overridden else shlex.join(reading.flags) or "(no flag)"
+        yield f"{reading.name}={reading.value}  ->  {meaning}"
+
+
+def command(plan: Plan) -> str:
+    """The command as it can be pasted into a shell."""
+    return shlex.join(plan.command)
+
+
+def everything(plan: Plan, run: RunConfig) -> str:
+    """Variables, resolved settings, DeepSpeed's JSON if it is used, exported variables and the command."""
+    parts = [("variables", "\n".join(variables(plan))), ("settings", run.dump())]
+    if run.deepspeed.deepspeed:
+        parts.append(("DeepSpeed JSON", json.dumps(merge(run.deepspeed_document, run), indent=2)))
+    exports = [f"{variable.name}={variable.value}  # {variable.why}" for variable in plan.exports]
+    parts += [("exported variables", "\n".join(exports)), ("command", command(plan))]
+    return "\n\n".join(f"== {title}\n{text}" for title, text in parts if text)
