@@ -101,7 +101,9 @@ const char* walk_documents(const Walk& walk, T* rows) {
             }
             remaining -= available;
             if (position + 1 == walk.num_documents && walk.last_is_partial && sample == walk.num_samples) {
-                offset = length - walk.extra;
+                // The row names the last token there is; empty documents after it have none.
+                while (position > 0 && walk.lengths[walk.documents[position]] == 0) --position;
+                offset = walk.lengths[walk.documents[position]] - walk.extra;
                 break;
             }
             ++position;
