@@ -101,8 +101,9 @@ def tokens_of(arch: Architecture, batch: int = 3, length: int = 16, seed: int = 
 
 
 def loss_of(model: GPT, arch: Architecture, groups: ProcessGroups, inputs: ModelInputs, seed: int = 0) -> Tensor:
-    """Mean cross entropy of a fixed batch."""
-    tokens, labels = tokens_of(arch, seed=seed)
+    """Mean cross entropy of a fixed batch, on the device of the model."""
+    device = next(model.parameters()).device
+    tokens, labels = (ids.to(device) for ids in tokens_of(arch, seed=seed))
     logits = model(tokens, inputs)
     losses = vocab_parallel_cross_entropy(
         logits, labels.t(), vocab_size=arch.vocab_size, group=groups.tp, ops=reference_ops()
