@@ -1,6 +1,6 @@
 """Joins all `.bin/.idx` corpora of a folder into one.
 
-    python tools/merge_datasets.py --input FOLDER --output-prefix PREFIX
+python tools/merge_datasets.py --input FOLDER --output-prefix PREFIX
 """
 
 from __future__ import annotations

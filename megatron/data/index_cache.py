@@ -137,7 +137,8 @@ class _Entry:
         """The paths if the entry is complete. A damaged entry counts as none and is built again."""
         try:
             recorded = json.loads(self.description.read_text())
-        except FileNotFoundError:
+        except OSError:
+            # Not there; if it cannot be read either, writing it will say why.
             return None
         except ValueError:
             report(f"{self.description} is damaged; building it again")

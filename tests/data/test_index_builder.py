@@ -50,7 +50,9 @@ def test_sample_idx_reads_consecutive_windows(lengths, seq_length, epochs, drop_
 
 @settings(max_examples=60, deadline=None)
 @given(
-    size=st.integers(0, 3000), skip=st.integers(0, 1500), seed=st.integers(0, 2**32 - 1),
+    size=st.integers(0, 3000),
+    skip=st.integers(0, 1500),
+    seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from(["i4", "u4", "i8"]),
 )
 def test_shuffle_is_numpys(size, skip, seed, dtype):
@@ -144,7 +146,10 @@ def test_a_missing_extension_says_what_to_do(tmp_path):
     (tmp_path / "megatron" / "__init__.py").write_text("")
     run = subprocess.run(
         [sys.executable, "-c", "from megatron.data.native import index_builder; index_builder()"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode != 0
     assert "pip install -e ." in run.stderr

@@ -32,7 +32,12 @@ def golden_documents(name: str, documents: int, longest: int, seed: int):
 
 @pytest.mark.parametrize(
     ("name", "documents", "longest", "seed", "dtype"),
-    [("a", 57, 60, 1, np.uint16), ("b", 31, 200, 2, np.uint16), ("c", 11, 15, 3, np.uint16), ("wide", 7, 12, 4, np.int32)],
+    [
+        ("a", 57, 60, 1, np.uint16),
+        ("b", 31, 200, 2, np.uint16),
+        ("c", 11, 15, 3, np.uint16),
+        ("wide", 7, 12, 4, np.int32),
+    ],
 )
 def test_files_are_megatrons_in_both_directions(name, documents, longest, seed, dtype, tmp_path):
     written = list(golden_documents(name, documents, longest, seed))
@@ -97,7 +102,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_joining_keeps_documents_and_order(tmp_path):
     merge_datasets([GOLDEN / "b", GOLDEN / "a"], tmp_path / "x")
     first, second, joined = (IndexedDataset(path) for path in (GOLDEN / "b", GOLDEN / "a", tmp_path / "x"))
-    assert [joined[i].tolist() for i in range(len(joined))] == [d[i].tolist() for d in (first, second) for i in range(len(d))]
+    assert [joined[i].tolist() for i in range(len(joined))] == [
+        d[i].tolist() for d in (first, second) for i in range(len(d))
+    ]
     counts = np.diff(joined.index.documents).tolist()
     assert counts == [*np.diff(first.index.documents), *np.diff(second.index.documents)]
     with pytest.raises(DataError, match="holds int32 tokens"):

@@ -46,9 +46,13 @@ def test_orders_are_megatrons(case, tmp_path):
         built = build_datasets(
             settings_of(case, tmp_path),
             SampleCounts(train=asked[0], valid=asked[1], test=asked[2]),
-            vocab_size=VOCAB, eod=EOD, report=lambda line: None,
+            vocab_size=VOCAB,
+            eod=EOD,
+            report=lambda line: None,
         )
-        for wanted, dataset, answer in zip(asked, (built.train, built.valid, built.test), case["datasets"], strict=True):
+        for wanted, dataset, answer in zip(
+            asked, (built.train, built.valid, built.test), case["datasets"], strict=True
+        ):
             if wanted == 0 or answer is None:
                 assert dataset is None
                 continue
@@ -139,7 +143,10 @@ def test_not_enough_data_and_empty_splits_are_named(tmp_path):
     with pytest.raises(DataError, match=r"outside of the vocabulary of 10"):
         build_datasets(
             DataSettings(data_path=placed(["a"]), seq_length=16, seed=1, data_cache_path=tmp_path),
-            SampleCounts(train=1, valid=0, test=0), vocab_size=10, eod=EOD, report=print,
+            SampleCounts(train=1, valid=0, test=0),
+            vocab_size=10,
+            eod=EOD,
+            report=print,
         )
     built, lines = build(["c"], "90,1,9", valid=5)
     assert built.valid is None
