@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.config.parser import flag_of
+from megatron.config.parser import shown
 
 if TYPE_CHECKING:
     from megatron.config.run import RunConfig
@@ -43,6 +43,12 @@ def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")
     return value
+
+
+def _stage(value: Any) -> int:
+    if isinstance(value, bool) or value not in (0, 1, 2, 3):
+        raise ValueError("one of 0, 1, 2, 3")
+    return int(value)
 
 
 def _word(words: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -75,7 +81,7 @@ LINKS: tuple[Link, ...] = (
     Link("gradient_clipping", "clip_grad", _number),
     Link("bf16.enabled", "bf16", _truth),
     Link("fp16.enabled", "fp16", _truth),
-    Link("zero_optimization.stage", "zero_stage", _whole),
+    Link("zero_optimization.stage", "zero_stage", _stage),
     Link(
         "zero_optimization.offload_optimizer.device",
         "cpu_optimizer",
@@ -172,8 +178,8 @@ def contradictions(document: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     keys = {link.setting: link.key for link in _links(document)}
     for name, value in values.items():
         if name in settings and _differs(name, settings[name], value):
-            shown = json.dumps(_lookup(document, keys[name]))
-            yield f"{flag_of(name)} {settings[name]} and {keys[name]} = {shown} in DeepSpeed's JSON: must agree"
+            there = json.dumps(_lookup(document, keys[name]))
+            yield f"{shown(name, settings[name])} and {keys[name]} = {there} in DeepSpeed's JSON: must agree"
 
 
 def _differs(name: str, flag: Any, file: Any) -> bool:
@@ -207,10 +213,15 @@ def merge(document: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
     for link in LINKS + (FLOAT16_LINKS if run.precision.fp16 else ()):
         if link.setting != "cpu_optimizer" or run.optimizer.cpu_optimizer:
             _store(result, link.key, link.write(settings[link.setting]))
+    if not run.precision.fp16:
+        result["fp16"] = {"enabled": False}
     micro_batches = run.training.global_batch_size // (run.training.micro_batch_size * run.parallel.data_parallel_size)
     result["gradient_accumulation_steps"] = micro_batches
     for key, value in _defaults(run).items():
         if _lookup(result, key) in (None, AUTO):
+            _store(result, key, value)
+    for key, value in _sizes(run.model.hidden_size).items():
+        if _lookup(result, key) == AUTO:
             _store(result, key, value)
     problems += [f'{key} = "auto" in DeepSpeed\'s JSON: no flag says the same; give a value' for key in _autos(result)]
     if problems:
@@ -220,20 +231,21 @@ def merge(document: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
 
 def _defaults(run: RunConfig) -> dict[str, Any]:
     """Keys that the file may leave out or set to "auto", and that DeepSpeed would not choose as this project needs."""
-    hidden = run.model.hidden_size
-    defaults: dict[str, Any] = {
-        "steps_per_print": _SILENT,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization.reduce_bucket_size": max(hidden * hidden, 5 * 10**8),
-    }
-    if run.parallel.zero_stage == 3:
-        defaults["zero_optimization.stage3_prefetch_bucket_size"] = 9 * hidden * hidden // 10
-        defaults["zero_optimization.stage3_param_persistence_threshold"] = 10 * hidden
+    defaults: dict[str, Any] = {"steps_per_print": _SILENT, "zero_allow_untested_optimizer": True}
     if run.optimizer.cpu_optimizer:
         defaults["zero_force_ds_cpu_optimizer"] = not run.optimizer.cpu_torch_adam
     if run.precision.bf16 and run.precision.accumulate_allreduce_grads_in_fp32:
         defaults["data_types.grad_accum_dtype"] = "fp32"
     return defaults
+
+
+def _sizes(hidden: int) -> dict[str, int]:
+    """Buffer sizes, in elements, that "auto" stands for in files made for Hugging Face's trainer."""
+    return {
+        "zero_optimization.reduce_bucket_size": hidden * hidden,
+        "zero_optimization.stage3_prefetch_bucket_size": 9 * hidden * hidden // 10,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden,
+    }
 
 
 def _lookup(document: Any, key: str) -> Any:

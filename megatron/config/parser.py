@@ -86,6 +86,12 @@ def flag_of(setting: str) -> str:
     return all_options()[setting].main
 
 
+def shown(setting: str, value: Any) -> str:
+    """A setting as the words of a command line, with its flag even where no flag gives the value."""
+    return " ".join(all_options()[setting].words(value)).replace("=", " ", 1) or flag_of(setting)
+
+
+@functools.cache
 def build_parser(program: str = "pretrain_gpt.py") -> argparse.ArgumentParser:
     """The parser whose help lists every option, with the defaults that Megatron-DeepSpeed documents."""
     parser = _Parser(prog=program, allow_abbrev=False)

@@ -76,18 +76,12 @@ def violations(settings: Mapping[str, Any], given: frozenset[str]) -> Iterator[s
             yield sentence
 
 
-def not_yet(settings: Mapping[str, Any], flag_of: Callable[[str], str]) -> Iterator[str]:
-    """One sentence for every setting whose feature is not there yet."""
+def not_yet(settings: Mapping[str, Any], shown: Callable[[str, Any], str]) -> Iterator[str]:
+    """One sentence for every setting whose feature is not there yet; `shown` writes a setting as its flag."""
     for row in NOT_YET:
         value = settings[row.setting]
         if value != row.allowed:
-            yield f"{flag_of(row.setting)} {_text(value)}: {row.feature} is not implemented yet; leave it out"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(str(item) for item in value)
-    return "" if value is True else str(value)
+            yield f"{shown(row.setting, value)}: not implemented yet ({row.feature}); leave it out"
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from megatron.config.model import ModelConfig
 from megatron.config.moe import MoeConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
-from megatron.config.parser import SECTIONS, ConfigError, all_options, defaults, flag_of, read
+from megatron.config.parser import SECTIONS, ConfigError, all_options, defaults, flag_of, read, shown
 from megatron.config.precision import PrecisionConfig
 from megatron.config.presets import preset
 from megatron.config.tokenizer import TokenizerConfig
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str], *, read_record: RecordRea
         *_outside_limits(explicit),
         *deepspeed.contradictions(document, given),
         *deepspeed.accumulation_differs(document, settings),
-        *rules.not_yet(settings, flag_of),
+        *rules.not_yet(settings, shown),
         *rules.violations(settings, frozenset(explicit) | given.keys()),
     ]
     if problems:
@@ -191,7 +191,7 @@ def _legacy_problems(flags: Mapping[str, Any]) -> list[str]:
         name = row.option.dest
         if name not in flags:
             continue
-        text = " ".join(row.option.words(flags[name])).replace("=", " ", 1) or row.option.main
+        text = shown(name, flags[name])
         if row.effect == "renamed":
             problems.append(f"{text}: has a new name; use {row.reason}")
         elif row.effect == "refused" and flags[name] != row.option.default:

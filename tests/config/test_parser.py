@@ -77,7 +77,7 @@ def test_wrong_values_are_all_reported():
 
 
 def test_a_flag_without_its_value_is_an_error_and_not_an_exit():
-    with pytest.raises(ConfigError, match="--num-layers.*expected one argument"):
+    with pytest.raises(ConfigError, match=r"--num-layers.*expected one argument"):
         read(["--num-layers"])
 
 

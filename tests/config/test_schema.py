@@ -131,7 +131,18 @@ def test_switches_that_start_on_have_a_name_that_turns_them_off():
 
 UNITS = (
     *("iteration", "sample", "token", "layer", "head", "element", "rank", "minute", "factor", "fraction", "row"),
-    *("probability", "per step", "weights", "variance", "epoch", "expert", "entries", "processes", "checkpoint", "level"),
+    *(
+        "probability",
+        "per step",
+        "weights",
+        "variance",
+        "epoch",
+        "expert",
+        "entries",
+        "processes",
+        "checkpoint",
+        "level",
+    ),
     *("position", "stage", "an id", "without unit", "own unit", "root of"),
 )
 

@@ -1,0 +1,377 @@
+"""Every rule: flags that break it, and words that its message must hold (the value, what is allowed, the flag)."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from megatron.config import model_rules, rules, run_rules
+from megatron.config.parser import ConfigError, defaults
+from tests.config.commands import config
+
+M, R = model_rules, run_rules
+HALF = ("--fp16",)
+# rule, further flags, flags of the small run that are left out, words of the message
+TABLE = [
+    (M.world_is_a_multiple_of_the_model, "--tensor-model-parallel-size 3", "", "world size 4: multiple of 3"),
+    (
+        M.no_pipeline_is_kept,
+        "--no-pipeline-parallel --pipeline-model-parallel-size 2",
+        "",
+        "--pipeline-model-parallel-size 2: must be 1",
+    ),
+    (
+        M.query_heads_split,
+        "--tensor-model-parallel-size 4 --num-attention-heads 6 --hidden-size 96",
+        "",
+        "--num-attention-heads 6: multiple of --tensor-model-parallel-size 4",
+    ),
+    (
+        M.kv_heads_split,
+        "--tensor-model-parallel-size 4 --num-query-groups 2",
+        "",
+        "--num-key-value-heads 2: --tensor-model-parallel-size 4",
+    ),
+    (
+        M.ffn_splits,
+        "--tensor-model-parallel-size 2 --ffn-hidden-size 101",
+        "",
+        "--ffn-hidden-size 101: --tensor-model-parallel-size 2",
+    ),
+    (
+        M.sequence_splits,
+        "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31",
+        "",
+        "--seq-length 31: --tensor-model-parallel-size 2 with --sequence-parallel",
+    ),
+    (
+        M.padded_vocabulary_splits,
+        "--tensor-model-parallel-size 2 --padded-vocab-size 1001",
+        "",
+        "--padded-vocab-size 1001: --tensor-model-parallel-size 2",
+    ),
+    (
+        M.heads_divide_hidden,
+        "--hidden-size 66",
+        "",
+        "--hidden-size 66: multiple of --num-attention-heads 4 --kv-channels",
+    ),
+    (
+        M.query_heads_share_kv_heads,
+        "--num-key-value-heads 3",
+        "",
+        "--num-key-value-heads 3: divide --num-attention-heads 4",
+    ),
+    (M.groups_are_counted, "--group-query-attention", "", "--group-query-attention: --num-query-groups"),
+    (
+        M.sequence_fits_positions,
+        "--max-position-embeddings 31",
+        "",
+        "--seq-length 32: at most --max-position-embeddings 31",
+    ),
+    (
+        M.rotary_settings_have_rope,
+        "--rotary-base 500 --use-alibi-position-embeddings",
+        "",
+        "--rotary-base: --position-embedding-type rope alibi",
+    ),
+    (
+        M.rotated_part_is_even,
+        "--use-rotary-position-embeddings --rotary-percent 0.95",
+        "",
+        "--rotary-percent 0.95 --kv-channels 16 15: even",
+    ),
+    (
+        M.one_way_to_stretch_positions,
+        "--use-rotary-position-embeddings --use-rope-scaling --rotary-seq-len-interpolation-factor 2",
+        "",
+        "--use-rope-scaling and --rotary-seq-len-interpolation-factor: one of them",
+    ),
+    (
+        M.one_way_to_stretch_positions,
+        "--use-rotary-position-embeddings --rope-scaling-factor 2",
+        "",
+        "--rope-scaling-factor: only with --use-rope-scaling",
+    ),
+    (M.dropout_keeps_something, "--hidden-dropout 1", "", "--hidden-dropout 1.0: below 1"),
+    (M.residual_format_differs, "--fp32-residual-connection", "", "--fp32-residual-connection: --bf16 or --fp16"),
+    (M.vocabulary_is_known, "", "--vocab-size", "--vocab-size: --tokenizer-type NullTokenizer"),
+    (M.tokenizer_has_its_files, "--tokenizer-type HFTokenizer", "", "--tokenizer-type HFTokenizer: --tokenizer-model"),
+    (
+        M.tokenizer_has_its_files,
+        "--tokenizer-type GPT2BPETokenizer --vocab-file v",
+        "",
+        "--tokenizer-type GPT2BPETokenizer: --vocab-file --merge-file",
+    ),
+    (
+        M.tokenizer_has_its_files,
+        "--tokenizer-type BertWordPieceCase",
+        "",
+        "--tokenizer-type BertWordPieceCase: decoder-only",
+    ),
+    (
+        M.vocabulary_is_padded_once,
+        "--no-pad-vocab-size --padded-vocab-size 1024",
+        "",
+        "--padded-vocab-size 1024: --no-pad-vocab-size",
+    ),
+    (
+        M.unpadded_vocabulary_is_whole,
+        "--no-pad-vocab-size --tensor-model-parallel-size 2",
+        "",
+        "--no-pad-vocab-size: --tensor-model-parallel-size 1 2 --padded-vocab-size",
+    ),
+    (M.data_has_one_source, "", "--mock-data", "no training data: --data-path --mock-data"),
+    (
+        M.data_has_one_source,
+        "--data-path a --train-data-path b",
+        "--mock-data",
+        "--data-path and --train-data-path, one source",
+    ),
+    (M.data_has_one_source, "--data-path a", "", "--data-path and --mock-data: one source"),
+    (M.data_has_one_source, "--data-path", "--mock-data", "--data-path: at least one prefix"),
+    (
+        R.batch_divides,
+        "--global-batch-size 12",
+        "",
+        "--global-batch-size 12: multiple of 8 --micro-batch-size 2 data-parallel size 4",
+    ),
+    (
+        R.batch_divides,
+        "--global-batch-size 32 --rampup-batch-size 12 4 100 --train-samples 1000",
+        "--train-iters",
+        "--rampup-batch-size 12 4 100: multiples of 8",
+    ),
+    (
+        R.rampup_is_well_formed,
+        "--rampup-batch-size 8 many 100 --train-samples 1000",
+        "--train-iters",
+        "--rampup-batch-size 8 many 100: three whole numbers",
+    ),
+    (
+        R.rampup_is_well_formed,
+        "--rampup-batch-size 8 16 --train-samples 1000",
+        "--train-iters",
+        "--rampup-batch-size 8 16: three whole numbers",
+    ),
+    (
+        R.rampup_is_well_formed,
+        "--global-batch-size 32 --rampup-batch-size 8 16 100 --train-samples 1000",
+        "--train-iters",
+        "--rampup-batch-size 8 16 100: --global-batch-size 32",
+    ),
+    (R.length_is_given_once, "--train-samples 1000", "", "--train-iters 10 --train-samples 1000: one of them"),
+    (R.length_is_given_once, "", "--train-iters", "missing: --train-iters --train-samples --train-tokens"),
+    (
+        R.rampup_counts_samples,
+        "--global-batch-size 16 --rampup-batch-size 8 8 100",
+        "",
+        "--train-iters 10: --rampup-batch-size --train-samples",
+    ),
+    (R.schedule_has_the_unit_of_the_run, "--lr-decay-samples 5", "", "--lr-decay-samples: --train-iters"),
+    (
+        R.schedule_has_the_unit_of_the_run,
+        "--train-samples 1000 --lr-warmup-iters 5",
+        "--train-iters",
+        "--lr-warmup-iters: --train-samples",
+    ),
+    (
+        R.warmup_is_given_once,
+        "--lr-warmup-fraction 0.1 --lr-warmup-iters 2",
+        "",
+        "--lr-warmup-fraction and --lr-warmup-iters: one of them",
+    ),
+    (R.rates_are_ordered, "--min-lr 1", "", "--min-lr 1.0: at most --lr 0.001"),
+    (R.rates_are_ordered, "--lr-warmup-init 1", "", "--lr-warmup-init 1.0: at most --lr 0.001"),
+    (R.wsd_has_a_last_phase, "--lr-decay-style WSD", "", "--lr-decay-style WSD: --lr-wsd-decay-iters"),
+    (R.wsd_has_a_last_phase, "--lr-wsd-decay-iters 3", "", "only with --lr-decay-style WSD linear"),
+    (
+        R.one_scheduler_wins,
+        "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
+        "",
+        "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler: one of them",
+    ),
+    (
+        R.weight_decay_grows,
+        "--start-weight-decay 0.1",
+        "",
+        "--start-weight-decay 0.1 --weight-decay-incr-style --weight-decay",
+    ),
+    (
+        R.weight_decay_grows,
+        "--weight-decay-incr-style linear",
+        "",
+        "--weight-decay-incr-style linear: --start-weight-decay and --end-weight-decay",
+    ),
+    (
+        R.weight_decay_grows,
+        "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
+        "",
+        "--start-weight-decay 0.2 --end-weight-decay 0.1: at most",
+    ),
+    (R.fused_adam_is_for_deepspeed, "--cpu-optimizer", "", "--cpu-optimizer: --deepspeed"),
+    (R.fused_adam_is_for_deepspeed, "--deepspeed --cpu_torch_adam", "", "--cpu_torch_adam: --cpu-optimizer"),
+    (
+        R.fused_adam_is_for_deepspeed,
+        "--deepspeed --cpu-optimizer --ds_fused_adam",
+        "",
+        "--ds_fused_adam and --cpu-optimizer: one of them",
+    ),
+    (R.one_half_precision, "--fp16 --bf16", "", "--fp16 and --bf16: one of them"),
+    (R.loss_scale_is_for_float16, "--bf16 --loss-scale 8 --hysteresis 3", "", "--loss-scale, --hysteresis: --fp16"),
+    (R.gradients_have_one_format, "--grad-reduce-in-bf16", "", "--grad-reduce-in-bf16: --bf16"),
+    (
+        R.gradients_have_one_format,
+        "--bf16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32",
+        "",
+        "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32: one of them",
+    ),
+    (R.deepspeed_shards_bfloat16, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: 1, 2 or 3"),
+    (
+        R.deepspeed_has_its_flag,
+        "--deepspeed_config /none.json",
+        "",
+        "--deepspeed_config /none.json: only with --deepspeed",
+    ),
+    (
+        R.hybrid_sharding_divides,
+        "--num-distributed-optimizer-instances 2",
+        "",
+        "--num-distributed-optimizer-instances 2: --use-distributed-optimizer",
+    ),
+    (
+        R.hybrid_sharding_divides,
+        "--use-distributed-optimizer --num-distributed-optimizer-instances 3",
+        "",
+        "--num-distributed-optimizer-instances 3: data-parallel size 4",
+    ),
+    (
+        R.recomputation_is_complete,
+        "--recompute-method block",
+        "",
+        "--recompute-method block: --recompute-granularity full",
+    ),
+    (
+        R.recomputation_is_complete,
+        "--recompute-activations --recompute-num-layers 2",
+        "",
+        "--recompute-num-layers: --recompute-granularity full",
+    ),
+    (
+        R.recomputed_layers_exist,
+        "--recompute-granularity full --recompute-num-layers 5",
+        "",
+        "--recompute-num-layers 5: at most 4",
+    ),
+    (R.saving_has_an_interval, "--save x", "", "--save x: --save-interval"),
+    (R.saving_has_an_interval, "--keep-last 3", "", "--keep-last: --save"),
+    (
+        R.saving_has_an_interval,
+        "--save x --save-interval 4 --save-retain-interval 6",
+        "",
+        "--save-retain-interval 6: multiple of --save-interval 4",
+    ),
+    (R.loading_has_a_directory, "--finetune --ckpt-step 3", "", "--ckpt-step, --finetune: --load"),
+    (
+        R.loading_has_a_directory,
+        "--load x --load-tag a --ckpt-step 3",
+        "",
+        "--load-tag a and --ckpt-step 3: one of them",
+    ),
+    (R.stop_signal_is_handled, "--exit-signal SIGINT", "", "--exit-signal: --exit-signal-handler"),
+    (R.garbage_interval_is_manual, "--manual-gc-interval 5", "", "--manual-gc-interval 5: --manual-gc"),
+    (R.skipped_iterations_count_from_one, "--iterations-to-skip 3 0", "", "--iterations-to-skip 0: at least 1"),
+    (R.profiled_steps_are_a_range, "--profile_steps 4,3", "", "--profile_steps 4,3: first,last"),
+    (R.profiled_steps_are_a_range, "--profile_steps two", "", "--profile_steps two: first,last"),
+    (R.profiled_ranks_exist, "--profile-ranks 0 4", "", "--profile-ranks 4: below world size 4"),
+    (R.wandb_runs_have_names, "--wandb-project p", "", "--wandb-project p: --wandb-exp-name"),
+    (R.wandb_runs_have_names, "--wandb-exp-name e", "", "--wandb-exp-name: --wandb-project"),
+    (R.operations_are_named, "--op attention", "", "--op attention: operation=implementation"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "words", "without", "expected"), TABLE, ids=lambda item: getattr(item, "__name__", None)
+)
+def test_rule(rule, words, without, expected):
+    with pytest.raises(ConfigError) as caught:
+        config(*words.split(), without=tuple(without.split()), world_size=4)
+    matching = [problem for problem in caught.value.problems if all(part in problem for part in expected.split())]
+    assert matching, caught.value.problems
+
+
+def test_every_rule_is_in_the_table():
+    assert {row[0] for row in TABLE} == set(rules.RULES)
+
+
+def test_rules_of_a_module_are_all_run():
+    for module in (model_rules, run_rules):
+        public = {
+            value
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        }
+        assert public == set(module.RULES)
+
+
+def test_rules_name_settings():
+    known = defaults().keys() | {"given"}
+    for rule in rules.RULES:
+        assert {name for name, _ in rules.parameters(rule)} <= known, rule
+
+
+NOT_YET_FLAGS = {
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size 2",
+    "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage 1",
+    "overlap_p2p_comm": "--overlap-p2p-communication",
+    "standalone_embedding_stage": "--standalone-embedding-stage",
+    "enable_zbh1_pipeline": "--enable-zbh1-pipeline",
+    "enable_zbh1_exact_semantics": "--enable-zbh1-exact-semantics",
+    "context_parallel_size": "--context-parallel-size 2",
+    "ds_sequence_parallel_size": "--ds-sequence-parallel-size 2",
+    "force_ds_sequence_parallel": "--force-ds-sequence-parallel",
+    "ds_sequence_parallel_fpdt": "--ds-sequence-parallel-fpdt",
+    "ds_sequence_parallel_fpdt_chunk_size": "--ds-sequence-parallel-fpdt-chunk-size 16",
+    "ds_sequence_parallel_fpdt_offloading": "--ds-sequence-parallel-fpdt-offloading",
+    "num_experts": "--num-experts 8",
+    "mlp_type": "--mlp-type residual",
+    "moe_expert_parallel_size": "--moe-expert-parallel-size 2",
+    "enable_expert_tensor_parallelism": "--enable-expert-tensor-parallelism",
+}
+
+
+@pytest.mark.parametrize("row", rules.NOT_YET, ids=lambda row: row.setting)
+def test_features_that_are_missing_are_refused(row):
+    words = NOT_YET_FLAGS[row.setting]
+    with pytest.raises(ConfigError) as caught:
+        config(*words.split(), world_size=4)
+    assert f"{words}: not implemented yet ({row.feature}); leave it out" in caught.value.problems
+
+
+def test_all_mistakes_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        config(
+            *("--hidden-size", "63", "--min-lr", "1", "--fp16", "--bf16", "--num-lyers", "3", "--kd", "--seed", "-1"),
+            *("--save", "x", "--num-experts", "2", "--batch-size", "1", "--optimizer", "best"),
+            without=("--micro-batch-size", "--mock-data"),
+        )
+    text = str(caught.value)
+    for words in (
+        *("--hidden-size 63", "--min-lr 1.0", "--fp16 and --bf16", "--num-lyers: no such flag", "--kd: ", "--seed -1"),
+        *("--save x", "--num-experts 2", "--batch-size 1: has a new name", "--optimizer best", "--micro-batch-size is"),
+        "no training data",
+    ):
+        assert words in text, words
+
+
+def test_a_rule_without_its_settings_is_left_out():
+    with pytest.raises(ConfigError) as caught:
+        config(without=("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--lr"))
+    assert sorted(caught.value.problems) == [
+        "--hidden-size is missing",
+        "--lr is missing",
+        "--num-attention-heads is missing",
+        "--num-layers is missing",
+        "--seq-length is missing",
+    ]
