@@ -56,7 +56,8 @@ def blocked_attention(
         window=window,
         dropout_p=dropout_p,
     )
-    result: Tensor = _BlockedAttention.apply(q, k, v, rules)  # type: ignore[no-untyped-call]
+    with torch.autocast(q.device.type, enabled=False):  # its casts would leave the two directions with different dtypes
+        result: Tensor = _BlockedAttention.apply(q, k, v, rules)  # type: ignore[no-untyped-call]
     return result
 
 

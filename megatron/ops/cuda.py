@@ -18,6 +18,7 @@ from megatron.ops import portable, reference
 from megatron.ops.registry import Implementation, implements
 
 _LARGEST_FLASH_HEAD = 256
+_HOPPER = 9  # major compute capability
 _CHUNK_LOGITS = 2**26
 """A quarter GiB of float32 logits at a time: large enough to fill the GPU, small beside the logits themselves."""
 
@@ -105,7 +106,7 @@ def flash_attention(
 
 def _hopper_unavailable() -> str:
     missing = _needs("flash_attn_interface", "flash-attn 3 (module flash_attn_interface)")()
-    if missing or torch.cuda.get_device_capability()[0] == 9:
+    if missing or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == _HOPPER):
         return missing
     return "flash-attn 3 runs on Hopper GPUs (compute capability 9) only"
 

@@ -99,6 +99,14 @@ def test_dropout_gradient_matches_finite_differences():
     assert torch.autograd.gradcheck(seeded, (q, k, v))
 
 
+def test_autocast_leaves_the_dtype_alone():
+    q = torch.randn(9, 1, 2, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = KERNELS["blocked"].function(q, q, q, scale=0.5)
+    assert result.dtype == torch.float32
+    assert torch.autograd.grad(result.sum(), q)[0].dtype == torch.float32
+
+
 def test_nothing_is_kept_without_gradients():
     q = torch.randn(40, 1, 2, 4)
     with torch.no_grad():
