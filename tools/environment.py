@@ -59,7 +59,7 @@ class EnvironmentProblem(RuntimeError):
 
 def requirements(pyproject: str, extras: frozenset[str]) -> list[str]:
     """The requirement lines of the project and of `extras`, read from the text of pyproject.toml."""
-    lists = re.findall(r'^([\w-]+) = (\[[^\]]*\](?:[^\n]*\])?)', pyproject, flags=re.MULTILINE)
+    lists = re.findall(r"^([\w-]+) = (\[[^\]]*\](?:[^\n]*\])?)", pyproject, flags=re.MULTILINE)
     found = {name: re.findall(r'"([^"]+)"', body) for name, body in lists}
     unknown = sorted(extras - found.keys())
     if unknown:

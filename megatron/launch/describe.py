@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 
+from megatron.config import dump
 from megatron.config.deepspeed import merge
 from megatron.config.run import RunConfig
 from megatron.launch.plan import Plan
@@ -25,7 +26,7 @@ def command(plan: Plan) -> str:
 
 def everything(plan: Plan, run: RunConfig) -> str:
     """Variables, resolved settings, DeepSpeed's JSON if it is used, exported variables and the command."""
-    parts = [("variables", "\n".join(variables(plan))), ("settings", run.dump())]
+    parts = [("variables", "\n".join(variables(plan))), ("settings", "\n".join(dump.lines(run)))]
     if run.deepspeed.deepspeed:
         parts.append(("DeepSpeed JSON", json.dumps(merge(run.deepspeed_document, run), indent=2)))
     exports = [f"{variable.name}={variable.value}  # {variable.why}" for variable in plan.exports]

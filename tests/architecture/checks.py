@@ -236,25 +236,28 @@ def sizes(source: Source) -> list[str]:
     return found
 
 
+_NEEDS_REASON = {"pytest.skip": 1, "pytest.mark.skip": 1, "pytest.mark.skipif": None, "pytest.mark.xfail": None}
+"""What leaves a test out -> number of positional arguments that hold a reason; None where only the keyword does."""
+
+
 def silent_skips(source: Source) -> list[str]:
     """Tests that are skipped, or expected to fail, without saying why."""
     found = []
+    called = {node.func for node in ast.walk(source.tree) if isinstance(node, ast.Call)}
     for node in ast.walk(source.tree):
-        bare = isinstance(node, ast.Attribute) and ast.unparse(node) in ("pytest.mark.skip", "pytest.mark.xfail")
-        if bare and not any(isinstance(call, ast.Call) and call.func is node for call in ast.walk(source.tree)):
+        if isinstance(node, ast.Call) and _leaves_out(node.func):
+            position = _NEEDS_REASON[ast.unparse(node.func)]
+            named = any(keyword.arg == "reason" for keyword in node.keywords)
+            if not named and (position is None or len(node.args) < position):
+                found.append(f"{source.at(node)} {ast.unparse(node.func)} gives no reason")
+        elif _leaves_out(node) and node not in called and ast.unparse(node) != "pytest.skip":
             found.append(f"{source.at(node)} {ast.unparse(node)} gives no reason")
-        if isinstance(node, ast.Call) and not _has_reason(node):
-            found.append(f"{source.at(node)} {ast.unparse(node.func)} gives no reason")
     return found
 
 
-def _has_reason(call: ast.Call) -> bool:
-    name = ast.unparse(call.func)
-    needed = {"pytest.skip": 1, "pytest.mark.skip": 1, "pytest.mark.skipif": None, "pytest.mark.xfail": None}
-    if name not in needed or any(keyword.arg == "reason" for keyword in call.keywords):
-        return True
-    position = needed[name]
-    return position is not None and len(call.args) >= position
+def _leaves_out(node: ast.AST) -> bool:
+    known = isinstance(node, ast.Attribute) and node.attr in ("skip", "skipif", "xfail")
+    return known and ast.unparse(node) in _NEEDS_REASON
 
 
 def private_paths(source: Source) -> list[str]:

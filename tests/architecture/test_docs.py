@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.launch import env
+from megatron.launch.__main__ import main as launch
 from tests.architecture.commands import Command, commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,11 @@ def _run(words, variables=()):
     return done.stdout
 
 
+@functools.cache
+def _help(*start):
+    return _run([sys.executable, *start, "--help"])
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: str(value) if isinstance(value, Path) else "")
 def test_command_of_the_documentation(page, command, tmp_path):
     variables = [*command.variables, *_stand_ins(command, tmp_path)]
@@ -38,13 +45,14 @@ def test_command_of_the_documentation(page, command, tmp_path):
         else:
             _run(["bash", "-n", arguments[0]])
     elif command.kind == "launch":
-        _run([sys.executable, *arguments, *([] if "--dry-run" in arguments else ["--dry-run"])], variables)
+        flags = [*arguments[2:], "--dry-run"]
+        assert launch(flags, {**os.environ, **dict(variables)}) == 0
     elif command.kind == "trainer":
         processes, words = command.trainer()
         _run([sys.executable, *words, "--dry-run"], [*variables, ("WORLD_SIZE", str(processes))])
     elif command.kind in ("tool", "module"):
         start = arguments[: 2 if command.kind == "module" else 1]
-        help_text = _run([sys.executable, *start, "--help"])
+        help_text = _help(*start)
         assert [flag for flag in command.flags if flag not in help_text] == []
     else:
         assert command.kind == "harmless", f"the tests do not know how to try {command.words}"
