@@ -1,0 +1,31 @@
+"""Checkpoints: one format for every layout, written so that a kill at any byte loses nothing.
+
+`save` and `load` for tensors of any layout, `save_directory` and `load_directory` for engines with files of their own;
+docs/checkpoints.md describes the format and what is guaranteed.
+"""
+
+from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint, SaveError
+from megatron.checkpoint.folder import iteration_of_tag, latest, list_checkpoints
+from megatron.checkpoint.load import Loaded, load, load_directory, read_record
+from megatron.checkpoint.optimizer import optimizer_tensors
+from megatron.checkpoint.publish import check_writable
+from megatron.checkpoint.save import TrainingState, save, save_directory
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CorruptCheckpoint",
+    "Loaded",
+    "SaveError",
+    "TrainingState",
+    "check_writable",
+    "iteration_of_tag",
+    "latest",
+    "list_checkpoints",
+    "load",
+    "load_directory",
+    "optimizer_tensors",
+    "read_record",
+    "save",
+    "save_directory",
+]

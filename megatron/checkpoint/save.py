@@ -1,0 +1,127 @@
+"""Saving: tensors in any layout, or a folder that an engine fills itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.files import files_below, record_of, share_of
+from megatron.checkpoint.publish import Draft, Log, Retention, Written, publish
+from megatron.checkpoint.ranks import Ranks
+from megatron.checkpoint.tensors import write_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """All that a run needs to continue, in a form that no layout, device or engine shows through.
+
+    Attributes:
+        tensors: by name: "model.<parameter>" (float32 master weights, logical names), "optimizer.<entry>.<parameter>"
+            (see `optimizer_tensors`). `DTensor`s of any mesh and placement; a plain tensor is the same on every rank
+            that has it. Ranks may have different ones, as pipeline stages do.
+        progress: how far training is, JSON: iteration, consumed samples and tokens, schedules, counters.
+        run: what is being trained, JSON: settings, architecture, ops table, versions, layout.
+        vocab_size: tokens that exist: rows of the embedding and the head beyond it are padding, which differs
+            between layouts, and are not stored. None: all rows are stored.
+    """
+
+    tensors: Mapping[str, Tensor]
+    progress: Mapping[str, Any]
+    run: Mapping[str, Any]
+    vocab_size: int | None = None
+
+
+def save(
+    root: str | Path,
+    iteration: int,
+    state: TrainingState,
+    *,
+    keep_last: int | None = None,
+    retain_interval: int | None = None,
+    verify: bool = False,
+    group: dist.ProcessGroup | None = None,
+    log: Log = print,
+) -> Path:
+    """Write a checkpoint of all ranks' tensors and make it the one to resume from. Called by all ranks of `group`.
+
+    Every rank writes what only it holds and a fair part of what several hold. Beyond the tensors themselves a rank
+    needs memory for a copy of one tensor.
+
+    Args:
+        root: folder of the run's checkpoints; made if missing. It belongs to one run at a time.
+        iteration: training step after which this is.
+        state: what to write; `progress` and `run` of the first rank are written.
+        keep_last: delete all but this number of newest checkpoints afterwards. None: see `retain_interval`.
+        retain_interval: keep every multiple of this number of iterations, and the newest, and delete the others.
+            With neither, nothing is deleted.
+        verify: read every file back from the disk, and compare, before the checkpoint counts as written.
+        group: the ranks that hold the state; None: all. A group on the CPU keeps its messages off the devices.
+        log: called on the first rank with Megatron's messages.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        SaveError: on all ranks, if anything failed on any; earlier checkpoints are as they were.
+    """
+    ranks = Ranks.of(group)
+    draft = Draft(
+        root=Path(root),
+        iteration=iteration,
+        payload="tensors",
+        write=lambda folder: write_tensors(folder, state.tensors, state.vocab_size, ranks),
+        progress=state.progress,
+        run=state.run,
+    )
+    retention = Retention(keep_last=keep_last, retain_interval=retain_interval)
+    return publish(draft, retention, verify=verify, ranks=ranks, log=log)
+
+
+def save_directory(
+    root: str | Path,
+    iteration: int,
+    write: Callable[[Path], None],
+    progress: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    keep_last: int | None = None,
+    retain_interval: int | None = None,
+    verify: bool = False,
+    group: dist.ProcessGroup | None = None,
+    log: Log = print,
+) -> Path:
+    """Publish what an engine writes in a format of its own, as safely as `save` does. Called by all ranks of `group`.
+
+    Args:
+        write: fills the folder it is given; called on all ranks. If it communicates and raises on one rank while
+            others wait inside it for that rank, they wait until the time limit of their process group.
+        root, iteration, progress, run, keep_last, retain_interval, verify, group, log: as for `save`.
+
+    Raises:
+        SaveError: as `save`.
+    """
+    ranks = Ranks.of(group)
+    draft = Draft(
+        root=Path(root),
+        iteration=iteration,
+        payload="directory",
+        write=lambda folder: _write_directory(folder, write, ranks),
+        progress=progress,
+        run=run,
+    )
+    retention = Retention(keep_last=keep_last, retain_interval=retain_interval)
+    return publish(draft, retention, verify=verify, ranks=ranks, log=log)
+
+
+def _write_directory(folder: Path, write: Callable[[Path], None], ranks: Ranks) -> Written:
+    """Let the engine write; then the ranks share the work of hashing and syncing its files."""
+    ranks.each(lambda: write(folder))
+    sizes = ranks.first(lambda: files_below(folder))
+    own = share_of(sizes, ranks.rank, ranks.size)
+    records = ranks.each(lambda: {name: record_of(folder / name, sync=True) for name in own})
+    return Written(records[ranks.rank])

@@ -1,0 +1,261 @@
+"""Tensors to files and back, through torch.distributed.checkpoint: one file per rank, any layout into any other.
+
+A tensor has a name and a logical shape. A `DTensor` knows which part of it a rank holds, each part is written once, and
+whoever reads takes what overlaps with its own part. A plain tensor is the same on every rank that has it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from megatron.checkpoint.files import FileRecord, HashingFile
+from megatron.checkpoint.manifest import TensorRecord
+from megatron.checkpoint.publish import Written
+from megatron.checkpoint.ranks import Failure, Ranks, RanksFailed
+from megatron.checkpoint.vocabulary import has_vocabulary_rows
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int | None, ranks: Ranks) -> Written:
+    """Write this rank's part of the tensors and sync it. Called by all ranks.
+
+    Args:
+        folder: an empty folder.
+        tensors: by name; ranks may have different ones.
+        vocab_size: rows of the embedding that are stored; None: all.
+        ranks: who writes.
+
+    Raises:
+        RanksFailed: on all ranks, if anything failed on any.
+    """
+    storage = _HashingFileSystem(folder)
+    writer = _Writer(folder, storage)
+    with _failures_on_all_ranks(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        metadata = save(
+            dict(tensors),
+            storage_writer=writer,
+            planner=_SavePlanner(vocab_size),
+            process_group=ranks.group,
+            no_dist=ranks.size == 1,
+        )
+    records = {name: TensorRecord(size, dtype) for name, size, dtype in stored_tensors(metadata)}
+    return Written(storage.records, records if ranks.is_first else {})
+
+
+def read_tensors(folder: Path, into: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill tensors in place with what a checkpoint holds under their names. Called by all ranks.
+
+    Rows of `into` beyond the stored vocabulary become zero. Values are converted to the dtype of the tensor.
+
+    Raises:
+        RanksFailed: on all ranks, if anything failed on any; the tensors are then of no use.
+    """
+    with _failures_on_all_ranks(), warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(
+            dict(into),
+            storage_reader=FileSystemReader(folder),
+            planner=_LoadPlanner(),
+            process_group=ranks.group,
+            no_dist=ranks.size == 1,
+        )
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of the tensor files: which part of which tensor is in which file."""
+    return FileSystemReader(folder).read_metadata()
+
+
+def stream_tensors(folder: Path) -> Generator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint, whole, with its name; one process, one tensor in memory at a time."""
+    reader = FileSystemReader(folder)
+    index = reader.read_metadata()
+    reader.set_up_storage_reader(index, is_coordinator=True)
+    for name, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            planner = _LoadPlanner()
+            planner.set_up_planner({name: tensor}, index, is_coordinator=True)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+            yield name, tensor
+
+
+def stored_tensors(metadata: Metadata) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, logical shape and dtype (without "torch.") of every tensor that an index of files lists."""
+    return [
+        (name, tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."))
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    ]
+
+
+@contextmanager
+def _failures_on_all_ranks() -> Generator[None]:
+    """torch.distributed.checkpoint tells every rank of every rank's errors; pass them on as ours."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise RanksFailed(Failure.of(rank, cause) for rank, (cause, _) in error.failures.items()) from error
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Plans to write the real rows of the vocabulary only, and refuses layouts that it cannot describe."""
+
+    def __init__(self, vocab_size: int | None) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._vocab_size = vocab_size
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for item in super().create_local_plan().items:
+            self._check(item)
+            if (kept := self._without_padding(item)) is not None:
+                items.append(kept)
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Of parts with the same place one is written, so all that claim the place must describe the same."""
+        if problem := _disagreement(all_plans):
+            raise ValueError(problem)
+        return super().create_global_plan(all_plans)
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        tensor = super().transform_object(write_item, object)
+        data = write_item.tensor_data
+        if data is None or tensor.shape == data.chunk.sizes:
+            return tensor
+        return tensor[: data.chunk.sizes[0]]
+
+    def _check(self, item: WriteItem) -> None:
+        tensor = self.state_dict[item.index.fqn]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{item.index.fqn} is {type(tensor).__name__}, not a tensor; put it into `progress`")
+        if not isinstance(tensor, DTensor):
+            return
+        partial = any(placement.is_partial() for placement in tensor.placements)
+        if partial or item.tensor_data is None or item.tensor_data.chunk.sizes != tensor.to_local().shape:
+            raise ValueError(f"{item.index.fqn} is placed in a way that cannot be saved: {tensor.placements}")
+
+    def _without_padding(self, item: WriteItem) -> WriteItem | None:
+        """The item without rows that only pad the vocabulary; None if nothing remains."""
+        data, rows = item.tensor_data, self._vocab_size
+        if data is None or rows is None or not has_vocabulary_rows(item.index.fqn, data.size):
+            return item
+        if rows > data.size[0]:
+            raise ValueError(f"{item.index.fqn} has {data.size[0]} rows, fewer than the vocabulary's {rows}")
+        here = min(data.chunk.sizes[0], rows - data.chunk.offsets[0])
+        if here <= 0:
+            return None
+        chunk = ChunkStorageMetadata(data.chunk.offsets, torch.Size([here, *data.chunk.sizes[1:]]))
+        return replace(item, tensor_data=replace(data, chunk=chunk, size=torch.Size([rows, *data.size[1:]])))
+
+
+def _disagreement(plans: Sequence[SavePlan]) -> str | None:
+    """How the ranks' ideas of a tensor differ; None if they do not."""
+    tensors: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    parts: dict[MetadataIndex, torch.Size] = {}
+    for rank, item in ((rank, item) for rank, plan in enumerate(plans) for item in plan.items):
+        name, data = item.index.fqn, item.tensor_data
+        if data is None:
+            continue
+        size, dtype = tensors.setdefault(name, (data.size, data.properties.dtype))
+        if (size, dtype) != (data.size, data.properties.dtype):
+            here = f"{list(data.size)} {data.properties.dtype}"
+            return f"{name} is {list(size)} {dtype} on one rank, {here} on rank {rank}: it must be a DTensor"
+        if parts.setdefault(item.index, data.chunk.sizes) != data.chunk.sizes:
+            return f"{name}: rank {rank} holds a part that overlaps with another rank's"
+    return None
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads a vocabulary into a tensor with more rows: what is not stored becomes zero."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        if metadata is None:
+            raise ValueError("the index of the tensor files is missing")
+        entries = dict(metadata.state_dict_metadata)
+        for name, tensor in state_dict.items():
+            entry = entries.get(name)
+            if isinstance(entry, TensorStorageMetadata) and has_vocabulary_rows(name, tensor.shape):
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().zero_()
+                entries[name] = replace(entry, size=tensor.shape)
+        super().set_up_planner(state_dict, replace(metadata, state_dict_metadata=entries), is_coordinator)
+
+
+class _HashingFileSystem(FileSystem):
+    """Files that are hashed and synced as they are written; `records` tells of those that are finished."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[Any]:
+        if mode != "wb":
+            raise ValueError(f"mode {mode!r}: this file system only writes")
+        file = HashingFile(Path(path))
+        try:
+            yield file
+            file.close()
+        except BaseException:
+            file.abandon()
+            raise
+        self.records[self._name(path)] = file.record()
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.records[self._name(new_path)] = self.records.pop(self._name(path))
+
+    def _name(self, path: Any) -> str:
+        return Path(path).relative_to(self._folder).as_posix()
+
+
+class _Writer(FileSystemWriter):
+    """Writes one file per rank; a full disk is reported as such and not as a malformed archive."""
+
+    def __init__(self, folder: Path, storage: FileSystem) -> None:
+        # Synced by `storage`. Nothing is copied ahead: that needs streams, which not every device has.
+        super().__init__(folder, single_file_per_rank=True, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+        self.fs = storage
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        return _telling_system_errors(lambda: super(_Writer, self).write_data(plan, planner))
+
+
+def _telling_system_errors(step: Callable[[], Future[Any]]) -> Future[Any]:
+    """Run a step; of the errors that led to its exception raise the one of the operating system, if there is one."""
+    try:
+        return step()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
