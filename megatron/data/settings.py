@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,3 +103,44 @@ def sample_counts(
     evaluations = train_iters // eval_interval + 1
     per_evaluation = eval_iters * global_batch_size
     return SampleCounts(train=train_samples, valid=evaluations * per_evaluation, test=per_evaluation)
+
+
+def read_data_args(path: Path) -> tuple[str, ...]:
+    """The words of a file for --data-args-path: what would stand after --data-path.
+
+    Raises:
+        DataError: the file cannot be read or is empty.
+    """
+    words = tuple(_text(path, "--data-args-path").split())
+    if not words:
+        raise DataError(f"--data-args-path {path} is empty.")
+    return words
+
+
+def read_per_split_data_args(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Paths of train, valid and test from a JSON file for --per-split-data-args-path.
+
+    The file is an object with a list of words per split: {"train": ["0.3", "a", "0.7", "b"], "valid": ["c"]}.
+
+    Raises:
+        DataError: the file cannot be read or has another form.
+    """
+    try:
+        content = json.loads(_text(path, "--per-split-data-args-path"))
+    except ValueError as error:
+        raise DataError(f"--per-split-data-args-path {path} is not JSON: {error}") from error
+    names = ("train", "valid", "test")
+    if not isinstance(content, dict) or not content.keys() <= set(names):
+        raise DataError(f"--per-split-data-args-path {path} must be an object with the keys {', '.join(names)}.")
+    parts = [content.get(name) or [] for name in names]
+    if not all(isinstance(part, list) for part in parts):
+        raise DataError(f"--per-split-data-args-path {path}: every split takes a list of weights and paths.")
+    train, valid, test = (tuple(str(word) for word in part) for part in parts)
+    return train, valid, test
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise DataError(f"{flag}: {error}") from error

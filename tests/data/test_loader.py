@@ -18,10 +18,11 @@ from tests.support import run_ranks
 
 SEQ = 16
 COUNTS = SampleCounts(train=120, valid=12, test=0)
+START = Consumed()
 
 
 def build(
-    settings: DataSettings, share: Share, counts: SampleCounts = COUNTS, consumed: Consumed = Consumed()
+    settings: DataSettings, share: Share, counts: SampleCounts = COUNTS, consumed: Consumed = START
 ) -> DataIterators:
     return build_data_iterators(settings, counts, share=share, vocab_size=VOCAB, eod=EOD, consumed=consumed)
 

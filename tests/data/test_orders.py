@@ -14,7 +14,13 @@ from megatron.data.errors import DataError
 from megatron.data.gpt_dataset import GPTDataset, SampleRequest
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.sample_index import plan_epochs
-from megatron.data.settings import DataSettings, SampleCounts, sample_counts
+from megatron.data.settings import (
+    DataSettings,
+    SampleCounts,
+    read_data_args,
+    read_per_split_data_args,
+    sample_counts,
+)
 from tests.data.corpora import EOD, GOLDEN, VOCAB
 
 ANSWERS = json.loads((GOLDEN / "orders.json").read_text())
@@ -160,3 +166,20 @@ def test_settings_take_the_data_in_one_way():
         DataSettings(seq_length=8, seed=1, data_path=("a",), mock_data=True)
     with pytest.raises(DataError, match="--train-data-path, which is missing"):
         DataSettings(seq_length=8, seed=1, valid_data_path=("a",))
+
+
+def test_blends_can_stand_in_files(tmp_path):
+    path = tmp_path / "data"
+    path.write_text("0.3 a\n0.7 b\n")
+    assert read_data_args(path) == ("0.3", "a", "0.7", "b")
+    path.write_text('{"train": [1, "a", 2, "b"], "test": ["c"], "valid": null}')
+    assert read_per_split_data_args(path) == (("1", "a", "2", "b"), (), ("c",))
+    for content, message in (("", "is not JSON"), ('{"validation": []}', "keys train"), ('{"train": "a"}', "a list")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_per_split_data_args(path)
+    with pytest.raises(DataError, match="is empty"):
+        path.write_text(" ")
+        read_data_args(path)
+    with pytest.raises(DataError, match="--data-args-path"):
+        read_data_args(tmp_path / "missing")
