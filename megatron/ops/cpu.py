@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron.ops import portable, reference
@@ -11,13 +12,13 @@ from megatron.ops.registry import Implementation, implements
 attention = implements(reference.attention, name="blocked", tolerance=portable.ATTENTION_TOLERANCE)(blocked_attention)
 
 _CACHED_LOGITS = 2**17
-"""Half a MiB of float32 logits stays in a core's cache."""
+"""Per thread: half a MiB of float32 logits stays in a core's cache."""
 
 
 @implements(reference.cross_entropy, name="chunked")
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """See `portable.chunked_cross_entropy`."""
-    return portable.chunked_cross_entropy(logits, labels, _CACHED_LOGITS)
+    return portable.chunked_cross_entropy(logits, labels, _CACHED_LOGITS * torch.get_num_threads())
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
