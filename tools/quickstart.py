@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.launch.env import PLAIN
+from megatron.training.metrics import read_metrics
 
 _JSONL = (".jsonl", ".json")
 _TEXT_SUFFIXES = (*_JSONL, ".txt")
@@ -226,8 +227,8 @@ def _shown(command: Sequence[str]) -> str:
 
 def losses(metrics: Path) -> list[tuple[int, float]]:
     """Iteration and training loss of each log line."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [(record["iteration"], record["lm loss"]) for record in records if "lm loss" in record]
+    records = [record for record in read_metrics(metrics) if record["kind"] == "train"]
+    return [(record["iteration"], record["lm_loss"]) for record in records if record["lm_loss"] is not None]
 
 
 def closing(story: Story) -> str:

@@ -35,7 +35,7 @@ def generate(
         new_tokens: how many at most.
         sampling: how tokens are chosen.
         eod: ends the text; None = only the length does.
-        generator: source of randomness on the model's device.
+        generator: source of randomness, on the host: the same choices on every device.
         emit: told every new token at once.
 
     Raises:
@@ -49,7 +49,7 @@ def generate(
     for _ in range(new_tokens):
         tokens: Tensor = torch.tensor([text[-max_positions:]], device=device)  # [1, s]
         logits = model(tokens, ModelInputs())[-1, :, :vocab_size]  # [1, v]
-        token = int(choose(logits, sampling, generator).item())
+        token = int(choose(logits.cpu(), sampling, generator).item())
         if token == eod:
             break
         text.append(token)

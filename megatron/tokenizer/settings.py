@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron.config.tokenizer import TokenizerConfig
 
+from megatron.config.tokenizer import TokenizerConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:

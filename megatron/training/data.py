@@ -8,7 +8,13 @@ from pathlib import Path
 from megatron.config.run import RunConfig
 from megatron.data.loader import Consumed, DataIterators, build_data_iterators
 from megatron.data.samplers import Share
-from megatron.data.settings import DataSettings, SampleCounts, sample_counts
+from megatron.data.settings import (
+    DataSettings,
+    SampleCounts,
+    read_data_args,
+    read_per_split_data_args,
+    sample_counts,
+)
 from megatron.tokenizer import Tokenizer
 from megatron.training.setup import Session
 from megatron.training.state import TrainState
@@ -19,9 +25,7 @@ def build_data(
 ) -> DataIterators:
     """The streams, going on where `state` is. Called by all ranks."""
     groups = session.groups
-    share = Share(
-        rank=groups.dp.rank, size=groups.dp.size, micro_batch_size=config.training.micro_batch_size
-    )
+    share = Share(rank=groups.dp.rank, size=groups.dp.size, micro_batch_size=config.training.micro_batch_size)
     return build_data_iterators(
         data_settings(config),
         counts(config),
@@ -38,13 +42,19 @@ def build_data(
 def data_settings(config: RunConfig) -> DataSettings:
     """What the flags say about the data."""
     data = config.data
+    paths = data.data_path or ()
+    parts = (data.train_data_path or (), data.valid_data_path or (), data.test_data_path or ())
+    if data.data_args_path is not None:
+        paths = read_data_args(Path(data.data_args_path))
+    if data.per_split_data_args_path is not None:
+        parts = read_per_split_data_args(Path(data.per_split_data_args_path))
     return DataSettings(
         seq_length=data.seq_length,
         seed=config.training.seed,
-        data_path=data.data_path or (),
-        train_data_path=data.train_data_path or (),
-        valid_data_path=data.valid_data_path or (),
-        test_data_path=data.test_data_path or (),
+        data_path=paths,
+        train_data_path=parts[0],
+        valid_data_path=parts[1],
+        test_data_path=parts[2],
         split=data.split,
         mock_data=data.mock_data,
         data_cache_path=Path(data.data_cache_path) if data.data_cache_path else None,
@@ -62,7 +72,11 @@ def counts(config: RunConfig) -> SampleCounts:
     training = config.training
     if training.skip_train:
         wanted = sample_counts(
-            0, train_iters=0, eval_interval=1, eval_iters=training.eval_iters, global_batch_size=training.global_batch_size
+            0,
+            train_iters=0,
+            eval_interval=1,
+            eval_iters=training.eval_iters,
+            global_batch_size=training.global_batch_size,
         )
         return wanted
     return sample_counts(

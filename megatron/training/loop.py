@@ -105,9 +105,7 @@ class Training:
         self.state = self.state.after(result, size.samples, tokens)
         norm = self.engine.parameters_norm if self.settings.log_params_norm else None
         # Megatron logs the rate that its scheduler has moved on to: that of the next step.
-        self.reporter.step(
-            self.state, result, lr=self._step_settings().lr, samples=size.samples, params_norm=norm
-        )
+        self.reporter.step(self.state, result, lr=self._step_settings().lr, samples=size.samples, params_norm=norm)
         self.profile(self.state.iteration)
 
     def _step_settings(self) -> StepSettings:

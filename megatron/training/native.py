@@ -52,7 +52,9 @@ class NativeSettings:
     count_zeros: bool = False
 
 
-def shard_data_parallel(model: nn.Module, blocks: Iterable[nn.Module], groups: ProcessGroups, s: NativeSettings) -> bool:
+def shard_data_parallel(
+    model: nn.Module, blocks: Iterable[nn.Module], groups: ProcessGroups, s: NativeSettings
+) -> bool:
     """Apply FSDP2 to the blocks and to what remains of the model; False where nothing is to be done.
 
     One data-parallel rank that computes in float32 needs neither sharding nor a second copy of the weights.

@@ -45,9 +45,7 @@ class TrainState:
 
     def after_unused(self, samples: int, tokens: int) -> TrainState:
         """The state after an iteration whose data was read but not trained on."""
-        return replace(
-            self, iteration=self.iteration + 1, samples=self.samples + samples, tokens=self.tokens + tokens
-        )
+        return replace(self, iteration=self.iteration + 1, samples=self.samples + samples, tokens=self.tokens + tokens)
 
     def to_progress(self) -> dict[str, Any]:
         """JSON, under the names Megatron's checkpoints use. The schedule is stored beside it."""
