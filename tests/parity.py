@@ -31,7 +31,18 @@ MODEL = (
 )
 TRAINING = (
     *("--mock-data", "--micro-batch-size", "2", "--global-batch-size", "8", "--num-workers", "0", "--eval-iters", "0"),
-    *("--lr", "1e-3", "--lr-decay-style", "cosine", "--lr-warmup-iters", "2", "--clip-grad", "0.5", "--log-interval", "1"),
+    *(
+        "--lr",
+        "1e-3",
+        "--lr-decay-style",
+        "cosine",
+        "--lr-warmup-iters",
+        "2",
+        "--clip-grad",
+        "0.5",
+        "--log-interval",
+        "1",
+    ),
     *("--weight-decay", "0.1", "--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"),
 )
 
@@ -97,9 +108,7 @@ def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout
 
 def difference(found: Sequence[float], expected: Sequence[float]) -> float:
     """Largest relative difference."""
-    return max(
-        abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True)
-    )
+    return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True))
 
 
 def matrix(layouts: Sequence[Layout], engines: dict[str, tuple[str, ...]]) -> list[str]:
@@ -118,9 +127,9 @@ def matrix(layouts: Sequence[Layout], engines: dict[str, tuple[str, ...]]) -> li
 HEADING = f"""# Every layout gives the same numbers
 
 Written by `python -m tests.parity --write docs/parity.md`: a two-layer LLaMA with grouped-query attention, document
-masks and masked losses, float32 on the CPU, {STEPS} steps of AdamW with clipping and gradient accumulation. The figures are
-the largest relative difference of any step's loss and gradient norm from the one-process native run; the tests demand
-at most {FLOAT32_TOLERANCE:.0e}.
+masks and masked losses, float32 on the CPU, {STEPS} steps of AdamW with clipping and gradient accumulation. The
+figures are the largest relative difference of any step's loss and gradient norm from the one-process native run; the
+tests demand at most {FLOAT32_TOLERANCE:.0e}.
 """
 
 

@@ -1,6 +1,6 @@
 """Text from a trained model."""
 
-from megatron.generation.sampling import Sampling, choose
 from megatron.generation.generate import generate
+from megatron.generation.sampling import Sampling, choose
 
 __all__ = ["Sampling", "choose", "generate"]

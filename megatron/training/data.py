@@ -71,14 +71,13 @@ def counts(config: RunConfig) -> SampleCounts:
     """Samples that the run takes of each split."""
     training = config.training
     if training.skip_train:
-        wanted = sample_counts(
+        return sample_counts(
             0,
             train_iters=0,
             eval_interval=1,
             eval_iters=training.eval_iters,
             global_batch_size=training.global_batch_size,
         )
-        return wanted
     return sample_counts(
         training.train_samples or training.train_iters * training.global_batch_size,
         train_iters=training.train_iters,

@@ -22,8 +22,8 @@ from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.sharding import shard_dim
 from megatron.training import gradients
 from megatron.training.engine import SaveTarget, StepResult, StepSettings
-from megatron.training.optimizer import set_schedules
 from megatron.training.loss import TokenLoss
+from megatron.training.optimizer import set_schedules
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
 
 _TAG = "deepspeed"

@@ -66,5 +66,5 @@ class Engine(Protocol):
         ...
 
     def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
-        """Restore the weights, and the optimizer state if asked; None if there is no checkpoint. Called by all ranks."""
+        """Restore the weights, and the optimizer state if asked; None without a checkpoint. Called by all ranks."""
         ...

@@ -36,8 +36,8 @@ class LoopSettings:
     skip: Collection[int] = ()
     """Iterations, counted from 1, whose data is read but not trained on."""
     gc_interval: int | None = None
-    """Python garbage is collected around evaluations and checkpoints and every so many iterations (0 = never), and at no
-    other moment, which keeps ranks in step; None = as Python likes."""
+    """Python garbage is collected around evaluations and checkpoints and every so many iterations (0 = never), and
+    at no other moment, which keeps ranks in step; None = as Python likes."""
     log_params_norm: bool = False
 
 

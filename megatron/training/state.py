@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.training.engine import StepResult
@@ -31,7 +31,7 @@ class TrainState:
     valid_samples: int = 0
     skipped: int = 0
     nans: int = 0
-    schedule: SchedulePosition = SchedulePosition()
+    schedule: SchedulePosition = field(default_factory=SchedulePosition)
 
     def after(self, result: StepResult, samples: int, tokens: int) -> TrainState:
         """The state after a step over `samples` samples with `tokens` tokens."""
