@@ -30,6 +30,9 @@ class DataConfig:
         "single: one pass in a fixed order; cyclic: shuffled passes. Default: single."
     )
     num_workers: int = option(2, "Processes per rank that load data; 0 loads in the training process.", minimum=0)
+    mid_level_dataset_surplus: float = option(
+        0.005, "Fraction by which each corpus of a blend is prepared beyond its share, of its samples.", minimum=0
+    )
     reset_position_ids: bool = option(False, "Positions start again after an end-of-document token.")
     reset_attention_mask: bool = option(False, "Attention does not cross an end-of-document token.")
     eod_mask_loss: bool = option(False, "No loss for end-of-document tokens.")

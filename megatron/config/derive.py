@@ -94,14 +94,37 @@ def _batch(s: Settings) -> Changes:
 
 
 def _length(s: Settings) -> Changes:
-    """A limit in tokens becomes one in samples, or in iterations where the run is measured in them."""
-    tokens, length, batch = s["train_tokens"], s["seq_length"], s["global_batch_size"]
-    if not (tokens and length and batch):
+    """The length of the run: a limit in tokens becomes one in samples or iterations, and samples become iterations."""
+    tokens, length, batch, samples = s["train_tokens"], s["seq_length"], s["global_batch_size"], s["train_samples"]
+    if tokens and not (length and batch):
         return {}
-    samples = -(-tokens // length)
+    limit = -(-tokens // length) if tokens else None
     if s["train_iters"] is not None:
-        return {"train_iters": min(s["train_iters"], -(-samples // batch))}
-    return {"train_samples": min(samples, s["train_samples"] or samples)}
+        return {"train_iters": min(s["train_iters"], -(-limit // batch)) if limit else None}
+    if samples is None and limit is None:
+        return {"train_iters": 0 if s["skip_train"] else None}
+    samples = min(number for number in (samples, limit) if number is not None)
+    return {"train_samples": samples, "train_iters": _iterations(samples, batch, s["rampup_batch_size"])}
+
+
+def _iterations(samples: int, batch: int | None, ramp_up: tuple[str, ...] | None) -> int | None:
+    """How many whole steps the samples are enough for; None if the batch or its ramp-up makes no sense."""
+    if not batch:
+        return None
+    if ramp_up is None:
+        return samples // batch
+    try:
+        start, increment, length = (int(word) for word in ramp_up)
+        steps = (batch - start) // increment
+    except (ValueError, ZeroDivisionError):
+        return None
+    consumed = count = 0
+    while start > 0 and length > 0 and steps > 0 and consumed <= length:
+        size = start + increment * (consumed * steps // length)
+        if consumed + size > samples:
+            return count
+        consumed, count = consumed + size, count + 1
+    return count + (samples - consumed) // batch
 
 
 def _small(s: Settings) -> Changes:
@@ -110,7 +133,8 @@ def _small(s: Settings) -> Changes:
     tokenizer = s["tokenizer_type"] or ("NullTokenizer" if s["mock_data"] else "GPT2BPETokenizer")
     vocab_size = s["vocab_size"]
     if tokenizer == "NullTokenizer" and vocab_size is None and s["preset"] in PRESETS:
-        vocab_size = PRESETS[s["preset"]].vocab_size - 1  # the tokenizer adds one that ends documents
+        # Without an id for it, the token that ends documents is one more.
+        vocab_size = PRESETS[s["preset"]].vocab_size - (s["null_tokenizer_eod_id"] is None)
     return {
         "tokenizer_type": tokenizer,
         "vocab_size": vocab_size,

@@ -74,6 +74,7 @@ RENAMED = (
     ("--recompute-num-layers", (("--activations-checkpoint-num-layers", 1),)),
     ("--seq-length", (("--encoder-seq-length", None, "int"),)),
     ("--num-layers", (("--encoder-num-layers", None, "int"),)),
+    ("--ckpt-step, with the iteration", (("--load-tag", None, "str"),)),
 )
 
 WITHOUT_EFFECT = (
@@ -106,6 +107,17 @@ WITHOUT_EFFECT = (
         "it moves no result, only how DeepSpeed's own recomputation lays out memory, which is not used",
         (("--contigious-checkpointing", False), ("--synchronize-each-layer", False), ("--profile-backward", False)),
     ),
+    (
+        "nothing random is saved: dropout and data follow from --seed and the position in the run",
+        (("--no-save-rng", None, "switch"), ("--no-load-rng", None, "switch")),
+    ),
+    ("a pipeline has the stages of --pipeline-model-parallel-size", (("--no-pipeline-parallel", False),)),
+    ("the optimizer's kernel is chosen by --op adamw", (("--ds_fused_adam", False),)),
+    (
+        "optimizer state is spread over the ranks; its norms are not written",
+        (("--log-optimizer-states-to-tensorboard", False),),
+    ),
+    ("the order of the data never depends on the layout", (("--no-data-sharding", True),)),
     (
         "initial weights are always drawn on the host, the same for every layout",
         (("--use-cpu-initialization", None, "switch"),),
@@ -203,7 +215,6 @@ REFUSED = (
             ("--patch-dim", 16),
             ("--classes-fraction", 1.0),
             ("--data-per-class-fraction", 1.0),
-            ("--no-data-sharding", True),
             ("--head-lr-mult", 1.0),
             ("--vision-pretraining", False),
             ("--vision-pretraining-type", "classify", "str", ("classify", "inpaint", "dino")),

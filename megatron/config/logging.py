@@ -42,7 +42,6 @@ class LoggingConfig:
         True, "Do not write the loss factor to TensorBoard.", "--no-log-loss-scale-to-tensorboard"
     )
     log_validation_ppl_to_tensorboard: bool = option(False, "Write the validation perplexity to TensorBoard.")
-    log_optimizer_states_to_tensorboard: bool = option(False, "Write norms of the optimizer state to TensorBoard.")
     log_memory_to_tensorboard: bool = option(False, "Write memory use to TensorBoard.")
     log_world_size_to_tensorboard: bool = option(False, "Write the number of ranks to TensorBoard.")
     wandb_project: str = option("", "Weights & Biases project; without one it is not used.")

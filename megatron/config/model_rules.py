@@ -22,9 +22,9 @@ def world_is_a_multiple_of_the_model(
     return None
 
 
-def no_pipeline_is_kept(no_pipeline_parallel: bool, pipeline_model_parallel_size: int) -> str | None:
+def no_pipeline_is_kept(pipeline_model_parallel_size: int, given: frozenset[str]) -> str | None:
     """The two flags contradict each other."""
-    if no_pipeline_parallel and pipeline_model_parallel_size > 1:
+    if "no_pipeline_parallel" in given and pipeline_model_parallel_size > 1:
         return f"--pipeline-model-parallel-size {pipeline_model_parallel_size}: must be 1 with --no-pipeline-parallel"
     return None
 

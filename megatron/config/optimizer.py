@@ -71,4 +71,3 @@ class OptimizerConfig:
     cpu_torch_adam: bool = option(
         False, "With --cpu-optimizer: PyTorch's Adam instead of DeepSpeed's.", "--cpu_torch_adam"
     )
-    ds_fused_adam: bool = option(False, "DeepSpeed's own fused Adam.", "--ds_fused_adam")

@@ -37,7 +37,6 @@ class ParallelConfig:
     ds_sequence_parallel_fpdt: bool = option(False, "Sequence parallelism by heads, in chunks.")
     ds_sequence_parallel_fpdt_chunk_size: int = option(65536, "Size of such a chunk, in tokens.", minimum=1)
     ds_sequence_parallel_fpdt_offloading: bool = option(False, "Keep such chunks on the host.")
-    no_pipeline_parallel: bool = option(False, "Refuse a pipeline of more than one stage.")
     sequence_parallel: bool = option(
         False, "Share norms and dropout among the tensor-parallel ranks along the sequence."
     )

@@ -47,35 +47,33 @@ def _whole_numbers(words: tuple[str, ...] | None) -> list[int]:
     return [int(word) for word in words or () if re.fullmatch(r"[0-9]+(_[0-9]+)*", word)]
 
 
-def length_is_given_once(
-    train_iters: int | None, train_samples: int | None, train_tokens: int | None, skip_train: bool
-) -> str | None:
+def length_is_given_once(skip_train: bool, given: Given) -> str | None:
     """A run is measured in iterations or in samples."""
-    if train_tokens is None and train_iters is not None and train_samples is not None:
-        return f"--train-iters {train_iters} and --train-samples {train_samples}: give one of them"
-    if train_iters is None and train_samples is None and train_tokens is None and not skip_train:
+    if {"train_iters", "train_samples"} <= given:
+        return "--train-iters and --train-samples: give one of them"
+    if not {"train_iters", "train_samples", "train_tokens"} & given and not skip_train:
         return "the length of the run is missing: give --train-iters, --train-samples or --train-tokens"
     return None
 
 
-def rampup_counts_samples(rampup_batch_size: tuple[str, ...] | None, train_iters: int | None) -> str | None:
+def rampup_counts_samples(rampup_batch_size: tuple[str, ...] | None, given: Given) -> str | None:
     """With a growing batch an iteration is no unit of length."""
-    if rampup_batch_size is not None and train_iters is not None:
-        return f"--train-iters {train_iters}: with --rampup-batch-size give --train-samples instead"
+    if rampup_batch_size is not None and "train_iters" in given:
+        return "--train-iters: with --rampup-batch-size give --train-samples instead"
     return None
 
 
-def schedule_has_the_unit_of_the_run(train_iters: int | None, train_samples: int | None, given: Given) -> str | None:
+def schedule_has_the_unit_of_the_run(train_samples: int | None, given: Given) -> str | None:
     """Lengths of the schedule are in the unit of the length of the run."""
-    if train_samples is not None and train_iters is None:
-        run, wrong = "--train-samples", ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
-    elif train_iters is not None:
-        run, wrong = "--train-iters", ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples")
-    else:
-        return None
-    flags = ["--" + name.replace("_", "-") for name in wrong if name in given]
+    by_samples = train_samples is not None
+    wrong, right = ("iters", "samples") if by_samples else ("samples", "iters")
+    flags = [
+        f"--{name}-{wrong}"
+        for name in ("lr-decay", "lr-warmup", "lr-wsd-decay")
+        if f"{name}-{wrong}".replace("-", "_") in given
+    ]
     if flags:
-        return f"{', '.join(flags)}: not with {run}; give the length in the unit of {run}"
+        return f"{', '.join(flags)}: the run is measured in {right}; give the length in the same unit"
     return None
 
 
@@ -135,18 +133,12 @@ def weight_decay_grows(
     return None
 
 
-def fused_adam_is_for_deepspeed(
-    cpu_optimizer: bool, cpu_torch_adam: bool, ds_fused_adam: bool, deepspeed: bool
-) -> str | None:
-    """These optimizers are DeepSpeed's."""
-    flags = {"--cpu-optimizer": cpu_optimizer, "--cpu_torch_adam": cpu_torch_adam, "--ds_fused_adam": ds_fused_adam}
-    used = [flag for flag, value in flags.items() if value]
-    if used and not deepspeed:
-        return f"{', '.join(used)}: only with --deepspeed"
+def host_optimizer_is_for_deepspeed(cpu_optimizer: bool, cpu_torch_adam: bool, deepspeed: bool) -> str | None:
+    """The optimizer on the host is DeepSpeed's."""
+    if cpu_optimizer and not deepspeed:
+        return "--cpu-optimizer: only with --deepspeed"
     if cpu_torch_adam and not cpu_optimizer:
         return "--cpu_torch_adam: only with --cpu-optimizer"
-    if ds_fused_adam and cpu_optimizer:
-        return "--ds_fused_adam and --cpu-optimizer: give one of them"
     return None
 
 
@@ -237,7 +229,6 @@ def saving_has_an_interval(
 
 def loading_has_a_directory(
     load: str | None,
-    load_tag: str | None,
     ckpt_step: int | None,
     finetune: bool,
     use_checkpoint_args: bool,
@@ -245,7 +236,6 @@ def loading_has_a_directory(
 ) -> str | None:
     """What to load needs the place it is in."""
     flags = {
-        "--load-tag": load_tag is not None,
         "--ckpt-step": ckpt_step is not None,
         "--finetune": finetune,
         "--use-checkpoint-args": use_checkpoint_args,
@@ -254,8 +244,6 @@ def loading_has_a_directory(
     used = [flag for flag, is_used in flags.items() if is_used]
     if used and load is None:
         return f"{', '.join(used)}: only with --load"
-    if load_tag is not None and ckpt_step is not None:
-        return f"--load-tag {load_tag} and --ckpt-step {ckpt_step}: give one of them"
     return None
 
 
@@ -323,7 +311,7 @@ RULES: tuple[Rule, ...] = (
     wsd_has_a_last_phase,
     one_scheduler_wins,
     weight_decay_grows,
-    fused_adam_is_for_deepspeed,
+    host_optimizer_is_for_deepspeed,
     one_half_precision,
     loss_scale_is_for_float16,
     gradients_have_one_format,

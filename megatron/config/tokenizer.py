@@ -33,7 +33,11 @@ class TokenizerConfig:
     )
     vocab_file: str | None = option(None, "Vocabulary of a GPT-2 tokenizer (vocab.json).")
     merge_file: str | None = option(None, "Merges of a GPT-2 tokenizer (merges.txt).")
-    vocab_size: int | None = option(None, "Tokens of a NullTokenizer, before its end-of-document token.", minimum=1)
+    vocab_size: int | None = option(
+        None,
+        "Number of tokens: needed by a NullTokenizer, which adds one that ends documents; a check for the others.",
+        minimum=1,
+    )
     vocab_extra_ids: int = option(0, "Sentinel tokens that a SentencePieceTokenizer adds.", minimum=0)
     eod_token: str | None = option(None, "Text of the token that ends a document, where the files do not name one.")
     padded_vocab_size: int | None = option(
@@ -54,5 +58,7 @@ class TokenizerConfig:
         None, "Token (an id) that ends a document of a NullTokenizer.", minimum=0
     )
     null_tokenizer_pad_id: int = option(-1, "Token (an id) that a NullTokenizer pads with; -1 is none.", minimum=-1)
-    tokenizer_hf_no_use_fast: bool = option(False, "Prefer a sentencepiece model to tokenizer.json.")
+    tokenizer_hf_no_use_fast: bool = option(
+        False, "Prefer a sentencepiece model to tokenizer.json.", aliases=("--tokenizer-not-use-fast",)
+    )
     tokenizer_hf_no_include_special_tokens: bool = option(False, "Encode text without tokens for its begin and end.")

@@ -10,7 +10,7 @@ from megatron.config.schema import option, resolved
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The loop. The length of the run is `train_samples` if that is not None, otherwise `train_iters`."""
+    """The loop. `train_iters` is always known; `train_samples` is None unless the run is measured in samples."""
 
     micro_batch_size: int = resolved("Samples that one rank computes at once.", minimum=1)
     global_batch_size: int = resolved(
@@ -22,7 +22,10 @@ class TrainingConfig:
     eval_micro_batch_size: int = resolved(
         "Samples that one rank evaluates at once. Default: --micro-batch-size.", minimum=1
     )
-    train_iters: int | None = option(None, "Length of the run, in iterations.", minimum=0)
+    train_iters: int = resolved(
+        "Length of the run, in iterations. Default: as many as --train-samples or --train-tokens are enough for.",
+        minimum=0,
+    )
     train_samples: int | None = option(None, "Length of the run, in samples, instead of iterations.", minimum=1)
     train_tokens: int | None = option(
         None, "Stop after this number of tokens, alone or beside the other two.", minimum=1

@@ -9,6 +9,7 @@ from megatron.config import dump
 from megatron.config.architecture import RopeScaling
 from megatron.config.parser import ConfigError
 from megatron.config.run import parse
+from megatron.training.microbatches import BatchPlan, RampUp
 from tests.config.commands import SMALL, config
 
 
@@ -102,11 +103,23 @@ def test_agreeing_flags_are_no_contradiction():
 
 def test_tokens_become_samples_or_iterations():
     run = config("--train-tokens", "3201", without=("--train-iters",))
-    assert (run.training.train_samples, run.training.train_iters) == (101, None)
+    assert (run.training.train_samples, run.training.train_iters) == (101, 50)
     both = config("--train-tokens", "3201", "--train-samples", "50", without=("--train-iters",))
     assert both.training.train_samples == 50
     assert config("--train-tokens", "321").training.train_iters == 6  # 11 samples in steps of 2
     assert config("--train-tokens", "32000000").training.train_iters == 10
+
+
+@pytest.mark.parametrize("ramp", ["", "8 8 100", "8 8 1000", "8 16 33", "40 1 7", "8 8 0"])
+@pytest.mark.parametrize("samples", [1, 8, 39, 107, 108, 500, 1313])
+def test_samples_become_the_iterations_that_they_last(samples, ramp):
+    words = f"--micro-batch-size 1 --global-batch-size 40 --train-samples {samples}"
+    if ramp:
+        words += f" --rampup-batch-size {ramp}"
+    run = config(*words.split(), without=("--train-iters",))
+    ramp_up = RampUp.parse(ramp.split()) if ramp else None
+    plan = BatchPlan(global_batch_size=40, micro_batch_size=1, data_parallel_size=1, ramp_up=ramp_up)
+    assert run.training.train_iters == plan.iterations(samples)
 
 
 def test_a_flag_wins_over_a_preset():
