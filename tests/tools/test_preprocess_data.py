@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
+import pty
+import re
+import select
 import signal
 import struct
 import subprocess
@@ -286,3 +290,27 @@ def test_the_tool_starts_without_heavy_packages(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+def test_a_terminal_shows_a_bar_and_ctrl_c_ends_the_run(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(TOOL), "--input", *[str(trained[0])] * 40, "--output-prefix", str(tmp_path / "o")),
+        *("--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(trained[1]), "--workers", "2"),
+    ]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(command[0], command)
+    said = b""
+    while b" documents, " not in said:
+        assert select.select([terminal], [], [], 15)[0], said
+        said += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an error.
+        while more := os.read(terminal, 4096):
+            said += more
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert re.search(rb"\d+%\|.*\| [\d.]+M/[\d.]+M \[.* [\d,]+ documents, [\d.]+ MB/s", said)
+    assert said.rstrip().endswith(b"error: interrupted; no dataset was written")
+    assert b"Traceback" not in said
+    assert leftovers(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import TextIO
 
@@ -27,8 +28,17 @@ class Progress:
         self._start = time.monotonic()
         self.documents = 0
         self.text_bytes = 0
+        size = shutil.get_terminal_size()
         self._bar = tqdm(
-            total=total_bytes, unit="B", unit_scale=True, file=stream, disable=not stream.isatty(), mininterval=0.5
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            file=stream,
+            disable=not stream.isatty(),
+            mininterval=0.5,
+            # Where a terminal says that it has no size (inside some containers), tqdm would draw nothing.
+            ncols=size.columns,
+            nrows=size.lines,
         )
 
     def add(self, *, documents: int, text_bytes: int, consumed: int) -> None:
