@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from megatron.config.tokenizer import TokenizerConfig
 
-from megatron.config.tokenizer import TokenizerConfig
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
