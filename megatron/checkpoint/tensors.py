@@ -155,8 +155,7 @@ class _SavePlanner(DefaultSavePlanner):
             raise TypeError(f"{item.index.fqn} is {type(tensor).__name__}, not a tensor; put it into `progress`")
         if not isinstance(tensor, DTensor):
             return
-        partial = any(placement.is_partial() for placement in tensor.placements)
-        if partial or item.tensor_data is None or item.tensor_data.chunk.sizes != tensor.to_local().shape:
+        if item.tensor_data is None or item.tensor_data.chunk.sizes != tensor.to_local().shape:
             raise ValueError(f"{item.index.fqn} is placed in a way that cannot be saved: {tensor.placements}")
 
     def _without_padding(self, item: WriteItem) -> WriteItem | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from megatron.checkpoint import (
     CheckpointMismatch,
@@ -147,6 +148,15 @@ def test_names_that_do_not_match(tmp_path: Path) -> None:
     assert any("WARNING" in line and "model.new.weight" in line for line in said)
     assert torch.equal(into["data.order"], TENSORS["data.order"])
     assert not into["model.new.weight"].any()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_pytorch_alone_reads_the_tensors(tmp_path: Path) -> None:
+    path = save(tmp_path, 10, state(), log=silent)
+    nested = {"model": {"a": {"weight": torch.zeros(3)}}, "optimizer.step.a.weight": torch.zeros(())}
+    dcp.load(nested, checkpoint_id=path, no_dist=True)
+    assert torch.equal(nested["model"]["a"]["weight"], TENSORS["model.a.weight"])
+    assert nested["optimizer.step.a.weight"] == 3
 
 
 def test_sections(tmp_path: Path) -> None:
