@@ -112,6 +112,7 @@ OPTIMIZER_LINKS: tuple[Link, ...] = (
 REFUSED_SECTIONS: Mapping[str, str] = {
     "scheduler": "the learning rate follows --lr, --lr-decay-style and their family",
     "amp": "use --fp16 or --bf16",
+    "bfloat16": "call it bf16",
     "curriculum_learning": "every step trains on full sequences",
     "data_efficiency": "every step trains on full sequences",
 }

@@ -24,14 +24,18 @@ class Equivalent:
     yields: bool = False  # the setting's own flag wins without being a contradiction
 
 
+def _flag(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
 def _switch(*names: str, yields: bool = False, default: bool = False, dest: str = "", **changes: Any) -> Equivalent:
-    meaning = ", ".join(f"{target} = {value}" for target, value in changes.items())
+    meaning = " ".join(_flag(target) + ("" if value is True else f" {value}") for target, value in changes.items())
     option = Option(
         dest=dest or names[0].lstrip("-").replace("-", "_"),
         names=names,
         kind="switch",
         default=default,
-        help=f"Stands for {meaning}" + ("; a flag of that name wins." if yields else "."),
+        help=f"Same as {meaning}" + (", unless that flag is given." if yields else "."),
     )
     return Equivalent(option, not default, changes, yields)
 
@@ -39,7 +43,7 @@ def _switch(*names: str, yields: bool = False, default: bool = False, dest: str 
 def _value(name: str, kind: Kind, default: Any, target: str, choices: tuple[Any, ...] = ()) -> Equivalent:
     dest = name.lstrip("-").replace("-", "_")
     synonyms = {str(choice).lower(): choice for choice in choices}
-    help = f"Stands for {target} with this value."
+    help = f"Same as {_flag(target)} with this value."
     option = Option(dest=dest, names=(name,), kind=kind, default=default, help=help, choices=choices, synonyms=synonyms)
     return Equivalent(option, SAME, {target: SAME})
 
@@ -49,7 +53,7 @@ _FUSED_SDPA = Option(
     names=("--use-fused-sdpa",),
     kind="word",
     default=None,
-    help="true stands for attention_backend = fused, false for unfused.",
+    help="true is the same as --attention-backend fused, false as --attention-backend unfused.",
 )
 EQUIVALENTS: tuple[Equivalent, ...] = (
     _switch("--use-rotary-position-embeddings", position_embedding_type="rope"),
@@ -97,7 +101,7 @@ def expand(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         for target, value in row.changes.items():
             wanted = given[option.dest] if value is SAME else value
             if settings.setdefault(target, wanted) != wanted and not row.yields:
-                other = source.get(target, "--" + target.replace("_", "-"))
+                other = source.get(target, _flag(target))
                 problems.append(f"{option.main} stands for {target} = {wanted}, but {other} says {settings[target]}")
             source.setdefault(target, option.main)
     return settings, problems

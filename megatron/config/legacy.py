@@ -59,6 +59,10 @@ _DESTS = {
     "--no-contiguous-buffers-in-local-ddp": "use_contiguous_buffers_in_local_ddp",
     "--no-scatter-gather-tensors-in-pipeline": "scatter_gather_tensors_in_pipeline",
     "--no-data-sharding": "data_sharding",
+    "--no-rope-fusion": "apply_rope_fusion",
+    "--no-create-attention-mask-in-dataloader": "create_attention_mask_in_dataloader",
+    "--no-check-for-nan-in-loss-and-grad": "check_for_nan_in_loss_and_grad",
+    "--no-ckpt-fully-parallel-save": "ckpt_fully_parallel_save",
 }
 
 RENAMED = (
@@ -74,6 +78,10 @@ RENAMED = (
     ("--recompute-num-layers", (("--activations-checkpoint-num-layers", 1),)),
     ("--seq-length", (("--encoder-seq-length", None, "int"),)),
     ("--num-layers", (("--encoder-num-layers", None, "int"),)),
+    ("--iterations-to-skip", (("--skip-train-iteration-range", None, "str", "+"),)),
+    ("--train-data-path", (("--train-weighted-split-paths", None, "str", "+"),)),
+    ("--valid-data-path", (("--valid-weighted-split-paths", None, "str", "+"),)),
+    ("--test-data-path", (("--test-weighted-split-paths", None, "str", "+"),)),
     ("--ckpt-step, with the iteration", (("--load-tag", None, "str"),)),
 )
 
@@ -87,6 +95,10 @@ WITHOUT_EFFECT = (
             ("--no-persist-layer-norm", False),
             ("--no-gradient-accumulation-fusion", True),
             ("--onnx-safe", None, "word"),
+            ("--no-rope-fusion", True),
+            ("--cross-entropy-loss-fusion", False),
+            ("--cross-entropy-fusion-impl", "native", "str", ("native", "te")),
+            ("--abort-on-unmet-fused-kernel-constraints", False),
         ),
     ),
     (
@@ -109,7 +121,11 @@ WITHOUT_EFFECT = (
     ),
     (
         "nothing random is saved: dropout and data follow from --seed and the position in the run",
-        (("--no-save-rng", None, "switch"), ("--no-load-rng", None, "switch")),
+        (
+            ("--no-save-rng", None, "switch"),
+            ("--no-load-rng", None, "switch"),
+            ("--te-rng-tracker", False),
+        ),
     ),
     ("a pipeline has the stages of --pipeline-model-parallel-size", (("--no-pipeline-parallel", False),)),
     ("the optimizer's kernel is chosen by --op adamw", (("--ds_fused_adam", False),)),
@@ -149,12 +165,23 @@ WITHOUT_EFFECT = (
         "Megatron-DeepSpeed does not read it either",
         (
             ("--scattered-embeddings", False),
-            ("--split-transformers", False),
             ("--memory-centric-tiled-linear", False),
             ("--tile-factor", 1),
         ),
     ),
     ("there is one model implementation", (("--use-mcore-models", False),)),
+    ("the loss is always the mean over all tokens of the global batch", (("--calculate-per-token-loss", False),)),
+    ("no attention mask is made in advance", (("--no-create-attention-mask-in-dataloader", True),)),
+    ("steps that are not finite are always counted and reported", (("--no-check-for-nan-in-loss-and-grad", True),)),
+    (
+        "every rank writes and reads its own part of a checkpoint",
+        (
+            ("--no-ckpt-fully-parallel-save", True),
+            ("--ckpt-fully-parallel-load", False),
+            ("--ckpt-assume-constant-structure", False),
+            ("--auto-detect-ckpt-format", False),
+        ),
+    ),
     ("only --adlr-autoresume reads it", (("--adlr-autoresume-interval", 1000),)),
 )
 
@@ -284,12 +311,19 @@ REFUSED = (
             ("--fp8-interval", 1),
             ("--fp8-amax-history-len", 1),
             ("--fp8-amax-compute-algo", "most_recent", "str", ("most_recent", "max")),
+        ),
+    ),
+    (
+        "there is one model implementation; --op chooses its kernels",
+        (
             ("--transformer-impl", "local", "str", ("local", "transformer_engine")),
+            ("--use-legacy-models", False),
         ),
     ),
     ("use --num-experts", (("--num-experts-switch", None, "int"),)),
     ("experts are plain PyTorch here", (("--use-tutel", False),)),
     ("the embedding has the format of the other parameters", (("--embedding-weights-in-fp32", False),)),
+    ("recomputation takes whole layers or attention; see --recompute-granularity", (("--split-transformers", False),)),
     ("the loss is always computed in float32", (("--fp16-lm-cross-entropy", False),)),
     ("all ranks start from the same weights", (("--data-parallel-random-init", False),)),
     ("set offload_param in DeepSpeed's JSON", (("--remote-device", "none", "str", ("none", "cpu", "nvme")),)),

@@ -208,6 +208,8 @@ def data_has_one_source(
         return "no training data: give --data-path, --train-data-path or --mock-data"
     if len(used) > 1:
         return f"{' and '.join(used)}: give one source of data"
+    if (valid_data_path or test_data_path) and train_data_path is None:
+        return f"{used[0]}: --train-data-path is missing"
     if data_path == () or train_data_path == ():
         return f"{used[0]}: needs at least one prefix"
     return None

@@ -94,7 +94,7 @@ def shown(setting: str, value: Any) -> str:
 @functools.cache
 def build_parser(program: str = "pretrain_gpt.py") -> argparse.ArgumentParser:
     """The parser whose help lists every option, with the defaults that Megatron-DeepSpeed documents."""
-    parser = _Parser(prog=program, allow_abbrev=False)
+    parser = _Parser(prog=program, usage="%(prog)s [flag [value ...]] ...", allow_abbrev=False)
     titles = {
         "equivalents": "short forms",
         "legacy": "options of old scripts: some have no effect, some are refused; docs/settings.md lists them",

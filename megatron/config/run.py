@@ -107,7 +107,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str], *, read_record: RecordRea
     base, no_preset = _preset(given)
     ranks, no_ranks = _ranks(env)
     settings = defaults() | base | ranks | explicit
-    recorded, other_in_checkpoint = _from_checkpoint(settings, explicit, read_record)
+    recorded, other_in_checkpoint = _from_checkpoint(settings, base | explicit, read_record)
     settings, notes = derive(settings | recorded, frozenset(explicit))
     problems = [
         *(unreadable + contradictory + no_document + wrong_values + no_preset + no_ranks + other_in_checkpoint),
@@ -164,7 +164,7 @@ def _ranks(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _from_checkpoint(
-    settings: Mapping[str, Any], explicit: Mapping[str, Any], read_record: RecordReader | None
+    settings: Mapping[str, Any], asked: Mapping[str, Any], read_record: RecordReader | None
 ) -> tuple[dict[str, Any], list[str]]:
     """What --use-checkpoint-args takes over, and one sentence for each flag that says something else."""
     if not settings["use_checkpoint_args"] or settings["load"] is None:
@@ -177,10 +177,10 @@ def _from_checkpoint(
         return {}, [f"--use-checkpoint-args: {error}"]
     taken = {name: value for name, value in recorded.items() if name in CHECKPOINT_ARGS and name != "preset"}
     problems = [
-        f"{flag_of(name)} {explicit[name]}: the checkpoint in --load {settings['load']} has {value}, which "
+        f"{flag_of(name)} {asked[name]}: the checkpoint in --load {settings['load']} has {value}, which "
         "--use-checkpoint-args takes; leave one of the flags out"
         for name, value in taken.items()
-        if name in explicit and explicit[name] != value
+        if name in asked and asked[name] != value
     ]
     return taken, problems
 

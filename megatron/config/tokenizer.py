@@ -41,7 +41,10 @@ class TokenizerConfig:
     vocab_extra_ids: int = option(0, "Sentinel tokens that a SentencePieceTokenizer adds.", minimum=0)
     eod_token: str | None = option(None, "Text of the token that ends a document, where the files do not name one.")
     padded_vocab_size: int | None = option(
-        None, "Rows of the embedding, instead of those computed from the number of tokens.", minimum=1
+        None,
+        "Rows of the embedding, instead of those computed from the number of tokens.",
+        aliases=("--pad-vocab-size-to",),
+        minimum=1,
     )
     pad_vocab_size: bool = option(
         True,

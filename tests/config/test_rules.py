@@ -129,6 +129,7 @@ TABLE = [
         "--mock-data",
         "--data-path and --train-data-path, one source",
     ),
+    (M.data_has_one_source, "--valid-data-path a", "--mock-data", "--train-data-path is missing"),
     (M.data_has_one_source, "--data-path a", "", "--data-path and --mock-data: one source"),
     (M.data_has_one_source, "--data-path", "--mock-data", "--data-path: at least one prefix"),
     (

@@ -292,8 +292,9 @@ def test_checkpoint_args_replace_what_was_not_given():
     assert (run.model.num_layers, run.model.activation, run.model.num_key_value_heads) == (4, "swiglu", 2)
     assert (run.data.seq_length, run.tokenizer.vocab_size) == (32, 500)
     assert run.model.hidden_dropout == 0.1
-    with pytest.raises(ConfigError, match=r"--num-layers 3: the checkpoint in --load x has 4"):
-        parse([*words.split(), "--num-layers", "3"], {}, read_record=read_record)
+    for change in ("--num-layers 2", "--preset llama-tiny"):
+        with pytest.raises(ConfigError, match=r"--num-layers 2: the checkpoint in --load x has 4"):
+            parse([*words.split(), *change.split()], {}, read_record=read_record)
 
 
 def test_checkpoint_args_need_a_checkpoint():
