@@ -175,7 +175,7 @@ def _from_checkpoint(
         recorded = record.from_namespace(read_record(settings))
     except (OSError, ValueError) as error:
         return {}, [f"--use-checkpoint-args: {error}"]
-    taken = {name: value for name, value in recorded.items() if name in CHECKPOINT_ARGS and name != "preset"}
+    taken = {name: value for name, value in recorded.items() if name in CHECKPOINT_ARGS}
     problems = [
         f"{flag_of(name)} {asked[name]}: the checkpoint in --load {settings['load']} has {value}, which "
         "--use-checkpoint-args takes; leave one of the flags out"
