@@ -103,17 +103,17 @@ def parse(argv: Sequence[str], env: Mapping[str, str], *, read_record: RecordRea
     given, contradictory = equivalents.expand(flags)
     document, no_document = _document(given)
     filled, wrong_values = deepspeed.settings_of(document)
-    explicit = filled | {name: value for name, value in given.items() if name in defaults()}
+    explicit, outside_limits = _within_limits(filled | {name: given[name] for name in given if name in defaults()})
     base, no_preset = _preset(given)
     ranks, no_ranks = _ranks(env)
     settings = defaults() | base | ranks | explicit
     recorded, other_in_checkpoint = _from_checkpoint(settings, base | explicit, read_record)
     settings, notes = derive(settings | recorded, frozenset(explicit))
-    problems = [
-        *(unreadable + contradictory + no_document + wrong_values + no_preset + no_ranks + other_in_checkpoint),
+    problems = unreadable + outside_limits + contradictory + no_document + wrong_values
+    problems += no_preset + no_ranks + other_in_checkpoint
+    problems += [
         *_legacy_problems(flags),
-        *(f"{flag_of(name)} is missing" for name in _REQUIRED if settings[name] is None),
-        *_outside_limits(explicit),
+        *_missing(settings, problems),
         *deepspeed.contradictions(document, given),
         *deepspeed.accumulation_differs(document, settings),
         *rules.not_yet(settings, shown),
@@ -214,12 +214,14 @@ def _expert_notes(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> list
     return []
 
 
-def _outside_limits(explicit: Mapping[str, Any]) -> list[str]:
-    """One sentence for each number that is too small or too large."""
-    known = all_options()
-    return [
-        problem
-        for name, value in explicit.items()
-        for problem in [known[name].outside_limits(value)]
-        if problem is not None
-    ]
+def _within_limits(explicit: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings whose numbers are neither too small nor too large, and one sentence for each of the others."""
+    wrong = {name: all_options()[name].outside_limits(value) for name, value in explicit.items()}
+    within = {name: value for name, value in explicit.items() if wrong[name] is None}
+    return within, [problem for problem in wrong.values() if problem is not None]
+
+
+def _missing(settings: Mapping[str, Any], problems: Sequence[str]) -> list[str]:
+    """One sentence for each setting that a run cannot do without; a value that was refused is not missing, too."""
+    flags = [flag_of(name) for name in _REQUIRED if settings[name] is None]
+    return [f"{flag} is missing" for flag in flags if not any(problem.startswith(f"{flag} ") for problem in problems)]

@@ -7,8 +7,9 @@ import pytest
 
 from megatron.config import dump
 from megatron.config.architecture import RopeScaling
-from megatron.config.parser import ConfigError
+from megatron.config.parser import SECTIONS, ConfigError
 from megatron.config.run import parse
+from megatron.config.schema import options
 from megatron.training.microbatches import BatchPlan, RampUp
 from tests.config.commands import SMALL, config
 
@@ -99,6 +100,18 @@ def test_flags_that_stand_for_different_values_contradict(words, parts):
 
 def test_agreeing_flags_are_no_contradiction():
     assert config("--swiglu", "--activation", "swiglu").model.activation == "swiglu"
+
+
+NUMBERS = [option for kind in SECTIONS.values() for option in options(kind) if option.kind in ("int", "float")]
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.dest)
+def test_any_number_is_obeyed_or_refused(option):
+    for number in ("0", "-1", "1000000007"):
+        try:
+            config(option.main, number, world_size=4)
+        except ConfigError as error:
+            assert not any("missing" in problem for problem in error.problems), error.problems
 
 
 def test_tokens_become_samples_or_iterations():
