@@ -128,9 +128,11 @@ class _SavePlanner(DefaultSavePlanner):
         self._vocab_size = vocab_size
 
     def create_local_plan(self) -> SavePlan:
+        for name, tensor in self.state_dict.items():
+            _check_kind(name, tensor)
         items = []
         for item in super().create_local_plan().items:
-            self._check(item)
+            self._check_part(item)
             if (kept := self._without_padding(item)) is not None:
                 items.append(kept)
         self.plan = SavePlan(items)
@@ -149,10 +151,8 @@ class _SavePlanner(DefaultSavePlanner):
             return tensor
         return tensor[: data.chunk.sizes[0]]
 
-    def _check(self, item: WriteItem) -> None:
+    def _check_part(self, item: WriteItem) -> None:
         tensor = self.state_dict[item.index.fqn]
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{item.index.fqn} is {type(tensor).__name__}, not a tensor; put it into `progress`")
         if not isinstance(tensor, DTensor):
             return
         if item.tensor_data is None or item.tensor_data.chunk.sizes != tensor.to_local().shape:
@@ -170,6 +170,13 @@ class _SavePlanner(DefaultSavePlanner):
             return None
         chunk = ChunkStorageMetadata(data.chunk.offsets, torch.Size([here, *data.chunk.sizes[1:]]))
         return replace(item, tensor_data=replace(data, chunk=chunk, size=torch.Size([rows, *data.size[1:]])))
+
+
+def _check_kind(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}, not a tensor; put it into `progress`")
+    if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"{name} is {tensor.placements}: sums that are not yet taken cannot be saved")
 
 
 def _disagreement(plans: Sequence[SavePlan]) -> str | None:
