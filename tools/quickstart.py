@@ -7,8 +7,9 @@ Driven by the variables of `python -m megatron.launch` (PRESET, TRAIN_ITERS, LR,
                      Python's standard library are collected
     TOKENIZER_MODEL  your tokenizer: a folder or file of Hugging Face `tokenizers`; without it, one is trained
 
-Flags given to this program go to both training runs. The first run splits every layer over two processes (TP=2) and
-stops half way; the second resumes its checkpoint with a whole model on each of two processes (DP=2).
+Without PRECISION, bf16 is used where the processor has instructions for it, fp32 elsewhere. Flags given to this program
+go to both training runs. The first run splits every layer over two processes (TP=2) and stops half way; the second
+resumes its checkpoint with a whole model on each of two processes (DP=2).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _JSONL = (".jsonl", ".json")
 _TEXT_SUFFIXES = (*_JSONL, ".txt")
 _VOCABULARY = 8192
 _PROMPT = "def read_lines(path):"
+_CPUINFO = Path("/proc/cpuinfo")
+_BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ def read_story(env: Mapping[str, str], flags: Sequence[str]) -> Story:
         tokenizer=env.get("TOKENIZER_MODEL", ""),
         tokenizer_type=env.get("TOKENIZER_TYPE") or "HFTokenizer",
         iterations=int(text),
-        flags=tuple(flags),
+        flags=(*([] if _asks_for_precision(env, flags) else fast_precision(_cpuinfo())), *flags),
         variables=json.dumps({name: env[name] for name in _launch_variables() if env.get(name)}),
     )
     if story.data and not story.data.endswith(_JSONL) and not story.tokenizer:
@@ -96,6 +99,19 @@ def read_story(env: Mapping[str, str], flags: Sequence[str]) -> Story:
             "or file of the tokenizer that fits this data"
         )
     return story
+
+
+def _asks_for_precision(env: Mapping[str, str], flags: Sequence[str]) -> bool:
+    return bool(env.get("PRECISION")) or not {"--bf16", "--fp16"}.isdisjoint(flags)
+
+
+def fast_precision(cpuinfo: str) -> list[str]:
+    """Flags for the number format that this processor multiplies fastest, from the text of /proc/cpuinfo."""
+    return ["--bf16"] if _BF16_INSTRUCTIONS & set(cpuinfo.split()) else []
+
+
+def _cpuinfo() -> str:
+    return _CPUINFO.read_text(encoding="utf-8") if _CPUINFO.exists() else ""
 
 
 def _launch_variables() -> tuple[str, ...]:
@@ -221,8 +237,14 @@ def _remove(paths: Sequence[Path]) -> None:
 
 
 def _shown(command: Sequence[str]) -> str:
-    """A command as a user would type it."""
-    return shlex.join("python" if word == sys.executable else word for word in command)
+    """A command as it can be typed in the repository."""
+    return shlex.join(_interpreter() if word == sys.executable else word for word in command)
+
+
+def _interpreter() -> str:
+    """This Python: by its path if it is the repository's own."""
+    own = Path(sys.executable)
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else "python"
 
 
 def losses(metrics: Path) -> list[tuple[int, float]]:
@@ -241,8 +263,8 @@ def closing(story: Story) -> str:
             "written:",
             *(f"  {path}" for path in files if path.exists()),
             "next:",
-            f"  tensorboard --logdir {story.folder / 'tensorboard'}",
-            f'  python tools/generate_text.py --load {story.checkpoints} --prompt "import os"',
+            f"  {_interpreter()} -m tensorboard.main --logdir {story.folder / 'tensorboard'}",
+            f'  {_interpreter()} tools/generate_text.py --load {story.checkpoints} --prompt "import os"',
             f"  TRAIN_ITERS={2 * story.iterations} OUTPUT_DIR={story.folder}-longer bash examples/cpu/run_llama.sh",
             "  DATA_PATH=your.jsonl OUTPUT_DIR=runs/yours bash examples/cpu/run_llama.sh",
         ]
@@ -263,7 +285,6 @@ def main() -> int:
             print("\n".join(_shown(step.command) for step in chain))
             return 0
         run(chain, story.folder / "done")
-        print(story.folder.joinpath("sample.txt").read_text())
         print(closing(story))
     except (ValueError, RuntimeError) as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -76,8 +76,20 @@ def test_the_second_run_resumes_what_the_first_saved_in_another_layout():
     assert "--exit-on-missing-checkpoint" in second.command
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "flags"),
+    [("flags : fpu avx512_bf16 vnni", ["--bf16"]), ("Features : fp bf16", ["--bf16"]), ("flags : fpu avx512f", [])],
+)
+def test_bf16_is_used_where_the_processor_has_it(cpuinfo, flags):
+    assert quickstart.fast_precision(cpuinfo) == flags
+
+
+def test_precision_that_was_asked_for_is_kept():
+    assert "--bf16" not in _step(_story(PRECISION="fp32"), "train with TP=2").command
+
+
 def test_flags_reach_both_training_runs():
-    story = replace(_story(), flags=("--swiglu",))
+    story = quickstart.read_story({"TRAIN_ITERS": "10"}, ["--swiglu"])
     assert all(_step(story, name).command[-1] == "--swiglu" for name in ("train with TP=2", "resume with DP=2"))
 
 
@@ -136,7 +148,12 @@ def test_a_step_that_fails_or_writes_nothing_stops_the_story(tmp_path):
 
 def test_closing_names_the_fall_of_the_loss_and_the_files(tmp_path):
     story = replace(_story(), folder=tmp_path)
-    records = [{"iteration": 1, "lm loss": 9.0}, {"iteration": 1, "lr": 8.0}, {"iteration": 10, "lm loss": 5}]
+    records = [
+        {"kind": "start", "iteration": 0},
+        {"kind": "train", "iteration": 1, "lm_loss": 9.0},
+        {"kind": "evaluation", "iteration": 1, "loss": 8.0},
+        {"kind": "train", "iteration": 10, "lm_loss": 5.0},
+    ]
     story.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = quickstart.closing(story)
     assert "loss: 9.000 at iteration 1, 5.000 at iteration 10" in text
