@@ -92,17 +92,17 @@ def train(argv: Sequence[str]) -> None:
 
 
 def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout: float = 300.0) -> Curve:
-    """Train in a layout."""
+    """Train in a layout; flags given later win."""
     from megatron.training.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
-        argv = [*MODEL, *TRAINING, *layout.flags, *flags]
-        argv += ["--train-iters", str(STEPS), "--exit-interval", str(steps), "--log-json", str(metrics)]
+        argv = [*MODEL, *TRAINING, "--train-iters", str(STEPS), "--exit-interval", str(steps)]
+        argv += ["--log-json", str(metrics), *layout.flags, *flags]
         run_ranks(layout.ranks, train, argv, init=False, timeout=timeout)
         records = [record for record in read_metrics(metrics) if record["kind"] == "train"]
-    if len(records) != steps:
-        raise AssertionError(f"{layout.name}: {len(records)} steps were logged instead of {steps}")
+    if not records or records[-1]["iteration"] != steps:
+        raise AssertionError(f"{layout.name}: the run did not reach step {steps}")
     return Curve(tuple(r["lm_loss"] for r in records), tuple(r["grad_norm"] for r in records))
 
 

@@ -113,7 +113,9 @@ class NativeEngine:
     def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
         """Loss sum and token count over all ranks; see `Engine`."""
         self.model.eval()
-        return evaluate_microbatches(self._micro_step, microbatches, self._groups, self._device)
+        sums = evaluate_microbatches(self._micro_step, microbatches, self._groups, self._device)
+        self._reshard()
+        return sums
 
     def parameters_norm(self) -> float:
         """L2 norm of all parameters; see `Engine`."""
@@ -170,6 +172,12 @@ class NativeEngine:
             loss_sum += loss.detach()
             self._accelerator.end_of_micro_step()
         return (self._groups.sum_over_data(loss_sum) / tokens).item()
+
+    def _reshard(self) -> None:
+        """Back to the sharded parameters, which checkpoints and the optimizer know; a forward alone leaves them gathered."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _synchronize_gradients(self, *, last: bool) -> None:
         """Tell FSDP2 whether this backward ends with a reduction over the data-parallel ranks."""
