@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu_train --dtype float32 bfloat16 --rounds 5 --steps 3
 
-Both train the same LLaMA on the same token ids with clipping and fused AdamW. Each side is a process of its own; they take
-turns, and medians over the rounds are compared, because shared machines are noisy. With bfloat16 both keep float32
+Both train the same LLaMA on the same token ids with clipping and fused AdamW. Each side is a process of its own; they
+take turns, and medians over the rounds are compared, because shared machines are noisy. With bfloat16 both keep float32
 master weights: ours through the native engine, Hugging Face's through torch.autocast; `hf-pure` has no master weights
 (the whole model in bfloat16: less memory, less precise).
 """

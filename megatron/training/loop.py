@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from megatron.data.batch import Batch
 from megatron.data.loader import DataIterators
-from megatron.training.engine import Engine, SaveTarget, StepSettings
+from megatron.training.engine import Engine, SaveTarget, StepResult, StepSettings
 from megatron.training.evaluate import evaluate, evaluation_steps
 from megatron.training.lr import LrSchedule, schedule_state
 from megatron.training.microbatches import BatchPlan
@@ -21,6 +22,13 @@ from megatron.training.reporter import Reporter
 from megatron.training.signals import Exit, ExitRules, SignalFlag, decide_exit
 from megatron.training.state import TrainState
 from megatron.training.timers import Timers
+
+MOST_BAD_STEPS = 20
+"""Steps in a row without finite gradients, at one loss scale, after which the run is given up: it cannot recover."""
+
+
+class TrainingDivergedError(ValueError):
+    """The gradients have not been finite for many steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,8 @@ class Training:
     state: TrainState
     saved_at: int | None = None
     """Iteration of the last checkpoint."""
+    _bad_steps: int = 0
+    _loss_scale: float = 0.0
 
     def train(self) -> Exit | None:
         """Train to the end of the run or until something ends it early; returns what did."""
@@ -103,10 +113,26 @@ class Training:
         with self.timers("forward-backward"):
             result = self.engine.train_step(microbatches, self._step_settings())
         self.state = self.state.after(result, size.samples, tokens)
+        self._check_divergence(result)
         norm = self.engine.parameters_norm if self.settings.log_params_norm else None
         # Megatron logs the rate that its scheduler has moved on to: that of the next step.
         self.reporter.step(self.state, result, lr=self._step_settings().lr, samples=size.samples, params_norm=norm)
         self.profile(self.state.iteration)
+
+    def _check_divergence(self, result: StepResult) -> None:
+        """Give up a run that cannot recover; what was saved before stays."""
+        bad = result.skipped or not math.isfinite(result.loss)
+        # While the scale of float16 still falls, skipped steps are how it finds its value.
+        stuck = bad and result.loss_scale == self._loss_scale
+        self._bad_steps, self._loss_scale = self._bad_steps + 1 if stuck else 0, result.loss_scale
+        if self._bad_steps < MOST_BAD_STEPS:
+            return
+        saved = "nothing was saved" if self.saved_at is None else f"the last checkpoint is of iteration {self.saved_at}"
+        raise TrainingDivergedError(
+            f"the loss was {result.loss} and the gradient norm {result.grad_norm} at iteration {self.state.iteration}, "
+            f"after {MOST_BAD_STEPS} such iterations in a row; {saved}. Lower --lr, warm up for longer "
+            "(--lr-warmup-iters) or clip (--clip-grad)"
+        )
 
     def _step_settings(self) -> StepSettings:
         """The schedules' values here: those of the step that follows."""

@@ -174,7 +174,7 @@ class NativeEngine:
         return (self._groups.sum_over_data(loss_sum) / tokens).item()
 
     def _reshard(self) -> None:
-        """Back to the sharded parameters, which checkpoints and the optimizer know; a forward alone leaves them gathered."""
+        """Back to the sharded parameters, known to optimizer and checkpoints: a forward alone leaves them gathered."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
