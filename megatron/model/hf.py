@@ -6,7 +6,7 @@ Legend: h=hidden, n=query heads, g=kv heads, d=head dim, f=ffn, v=vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -170,15 +170,10 @@ def from_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor
     Raises:
         ValueError: if tensors are missing or left over.
     """
-    named = {_full_name(name, arch): tensor for name, tensor in state.items() if not _is_derived(name, arch)}
-    table = entries(arch)
-    expected = {entry.theirs for entry in table}
-    missing, unknown = sorted(expected - named.keys()), sorted(named.keys() - expected)
-    if missing or unknown:
-        raise ValueError(f"weights do not fit the configuration: missing {missing[:5]}, unknown {unknown[:5]}")
+    stored = stored_names(state, arch)
     result: dict[str, Tensor] = {}
-    for entry in table:
-        result.update(zip(entry.ours, entry.layout.split(named[entry.theirs]), strict=True))
+    for entry in entries(arch):
+        result.update(zip(entry.ours, entry.layout.split(state[stored[entry.theirs]]), strict=True))
     for name in set(_VOCABULARY) & result.keys():
         rows = result[name]
         result[name] = torch.cat((rows, rows.new_zeros(arch.padded_vocab_size - rows.shape[0], rows.shape[1])))
@@ -196,6 +191,20 @@ def to_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
     """
     real = {name: rows[: arch.vocab_size] if name in _VOCABULARY else rows for name, rows in state.items()}
     return {entry.theirs: entry.layout.join(tuple(real[name] for name in entry.ours)) for entry in entries(arch)}
+
+
+def stored_names(names: Iterable[str], arch: Architecture) -> dict[str, str]:
+    """What each tensor of `entries` is called among `names`, which may lack the leading "transformer.".
+
+    Raises:
+        ValueError: if tensors are missing or left over.
+    """
+    stored = {_full_name(name, arch): name for name in names if not _is_derived(name, arch)}
+    expected = {entry.theirs for entry in entries(arch)}
+    missing, unknown = sorted(expected - stored.keys()), sorted(stored.keys() - expected)
+    if missing or unknown:
+        raise ValueError(f"weights do not fit the configuration: missing {missing[:5]}, unknown {unknown[:5]}")
+    return stored
 
 
 def _full_name(name: str, arch: Architecture) -> str:

@@ -132,6 +132,8 @@ def rows_view(tensors: LazyTensors, rows: Mapping[str, int]) -> LazyTensors:
         if tensor.shape == wanted:
             return tensor
         kept = tensor[: wanted[0]]
-        return kept if kept.shape == wanted else torch.cat((kept, kept.new_zeros(wanted[0] - kept.shape[0], *wanted[1:])))
+        if kept.shape == wanted:
+            return kept
+        return torch.cat((kept, kept.new_zeros(wanted[0] - kept.shape[0], *wanted[1:])))
 
     return LazyTensors(records, read)

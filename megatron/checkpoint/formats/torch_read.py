@@ -44,13 +44,13 @@ class Inert:
         items: what was put into it, if it was a container.
     """
 
-    def __init__(self, *made_from: Any) -> None:
-        self.made_from = made_from
-        self.items: list[Any] = []
+    made_from: tuple[Any, ...]
+    items: list[Any]
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
+    def __new__(cls, *made_from: Any, **_: Any) -> Inert:
+        """What a pickle calls, sometimes without `__init__`."""
         made = super().__new__(cls)
-        made.made_from, made.items = (), []
+        made.made_from, made.items = made_from, []
         return made
 
     def __setstate__(self, state: Any) -> None:

@@ -70,7 +70,7 @@ class _Pickler(pickle.Pickler):
         self.records: dict[str, TensorRecord] = {}
 
     def persistent_id(self, obj: Any) -> Any:
-        """torch's way to describe the data of a tensor."""
+        """The way of torch to describe the data of a tensor."""
         if not isinstance(obj, _Storage):
             return None
         dtype = dtype_of(obj.record)
@@ -142,4 +142,4 @@ class TorchFile:
 def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the host, in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
