@@ -30,14 +30,14 @@ MODEL = (
     *("--make-vocab-size-divisible-by", "8", "--init-method-std", "0.1"),
 )
 TRAINING = (
-    *("--mock-data", "--micro-batch-size", "2", "--global-batch-size", "8", "--num-workers", "0", "--eval-iters", "0"),
+    *("--micro-batch-size", "2", "--global-batch-size", "8", "--num-workers", "0", "--eval-iters", "0"),
     *(
         "--lr",
         "1e-3",
         "--lr-decay-style",
         "cosine",
-        "--lr-warmup-iters",
-        "2",
+        "--lr-warmup-fraction",
+        "0.1",
         "--clip-grad",
         "0.5",
         "--log-interval",
@@ -97,7 +97,7 @@ def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
-        argv = [*MODEL, *TRAINING, "--train-iters", str(STEPS), "--exit-interval", str(steps)]
+        argv = [*MODEL, *TRAINING, "--mock-data", "--train-iters", str(STEPS), "--exit-interval", str(steps)]
         argv += ["--log-json", str(metrics), *layout.flags, *flags]
         run_ranks(layout.ranks, train, argv, init=False, timeout=timeout)
         records = [record for record in read_metrics(metrics) if record["kind"] == "train"]
