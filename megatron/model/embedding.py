@@ -70,7 +70,9 @@ class Embedding(nn.Module):
         super().__init__()
         arch = setting.arch
         self._setting = setting
-        self.word = VocabParallelEmbedding(arch.padded_vocab_size, arch.hidden_size, **setting.linear())
+        self.word = VocabParallelEmbedding(
+            arch.padded_vocab_size, arch.hidden_size, ops=setting.ops, **setting.linear()
+        )
         learned = arch.position == "learned" and not word_only
         self.position = PositionEmbedding(setting) if learned else None
         self.norm = None

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from megatron.mpu import collectives
 from megatron.mpu.groups import Group
 from megatron.mpu.mappings import copy_to_region, reduce_from_region, reduce_scatter_sequence
+from megatron.ops import Ops
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -204,6 +205,7 @@ class VocabParallelEmbedding(nn.Module):
     Args:
         vocab_rows: v, logical rows including padding; must be divisible by the group's size.
         hidden_size: h.
+        ops: the kernels.
         group: the tensor-parallel ranks.
         sequence_parallel: the output is [s/t, b, h] instead of [s, b, h].
         dtype, device: of the parameter, uninitialised.
@@ -217,13 +219,14 @@ class VocabParallelEmbedding(nn.Module):
         vocab_rows: int,
         hidden_size: int,
         *,
+        ops: Ops,
         group: Group,
         sequence_parallel: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel, self._ops = group, sequence_parallel, ops
         rows = divide(vocab_rows, group, "vocabulary rows")
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype, device=device))
 
@@ -232,10 +235,10 @@ class VocabParallelEmbedding(nn.Module):
         weight = local(self.weight)
         ids = tokens.transpose(0, 1).contiguous()
         if self.group.size == 1:
-            return F.embedding(ids, weight)
+            return self._ops.embedding(weight, ids)
         own = ids - self.group.rank * weight.shape[0]
         elsewhere = (own < 0) | (own >= weight.shape[0])
-        rows = F.embedding(own.masked_fill(elsewhere, 0), weight)
+        rows = self._ops.embedding(weight, own.masked_fill(elsewhere, 0))
         partial = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_region
         return reduce(partial, self.group)

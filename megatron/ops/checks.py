@@ -118,6 +118,13 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: Literal["none", "tanh
     _require(approximate in ("none", "tanh"), f'approximate must be "none" or "tanh", not {approximate!r}')
 
 
+def embedding(weight: Tensor, ids: Tensor) -> None:
+    """Weight [v, h] floating, ids [...] int64."""
+    _floating(weight=weight)
+    _require(ids.dtype == torch.int64, f"ids must be int64, not {ids.dtype}")
+    _require(weight.dim() == 2, f"weight must be [v, h], not {tuple(weight.shape)}")
+
+
 def squared_relu(x: Tensor) -> None:
     """X [...] floating."""
     _floating(x=x)

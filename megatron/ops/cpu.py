@@ -24,6 +24,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     attention,
     portable.sdpa_attention,
+    portable.embedding_float32_sums,
     portable.rms_norm,
     portable.layer_norm,
     portable.rotary,

@@ -224,6 +224,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.sdpa_attention,
     flash_attention,
     flash_attention_3,
+    portable.embedding,
     rms_norm,
     portable.rms_norm,
     apex_rms_norm,

@@ -18,6 +18,35 @@ ATTENTION_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({**TOLERANCE
 """Kernels round scores or weights to bfloat16 between the two products; softmax is float32 inside."""
 
 
+@implements(reference.embedding, name="torch")
+def embedding(weight: Tensor, ids: Tensor) -> Tensor:
+    """torch's own, for devices on which it sums gradients in float32; CPUs sum in the dtype of the weight."""
+    return F.embedding(ids, weight)
+
+
+@implements(reference.embedding, name="float32_sums")
+def embedding_float32_sums(weight: Tensor, ids: Tensor) -> Tensor:
+    """Sums the gradients of each row in float32, whatever the dtype of the weight."""
+    result: Tensor = _Embedding.apply(weight, ids)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        sums = torch.zeros(ctx.shape, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+        rows = grad.reshape(-1, grad.shape[-1]).to(sums.dtype)
+        return sums.index_add_(0, ids.flatten(), rows).to(grad.dtype), None
+
+
 @implements(reference.layer_norm, name="lean")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Torch's fused kernels, but for the gradients of weight and bias in 16-bit types: see `_LayerNorm`."""

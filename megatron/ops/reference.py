@@ -184,6 +184,22 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: Literal["none", "tanh
     return F.gelu(shifted, approximate=approximate).to(x.dtype)
 
 
+def embedding(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a table. The gradient of a row is the sum over its occurrences, made in at least float32.
+
+    Args:
+        weight: [v, h] floating.
+        ids: [...] int64, each below v.
+
+    Returns:
+        [..., h] in the dtype of weight.
+    """
+    checks.embedding(weight, ids)
+    if weight.dtype.itemsize < torch.float32.itemsize:
+        return F.embedding(ids, weight.float()).to(weight.dtype)
+    return F.embedding(ids, weight)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021). Argument and result [...]."""
     checks.squared_relu(x)

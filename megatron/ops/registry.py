@@ -67,6 +67,7 @@ class AdamWFunction(Protocol):
 class Ops:
     """The chosen function for each operation; `megatron.ops.reference` documents them under the same names."""
 
+    embedding: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor, bool], Tensor]

@@ -188,8 +188,15 @@ def _adamw(source: _Source, s: int) -> tuple[Sample, ...]:
     return (Sample(label="", args=tuple(values), kwargs={"lr": 1e-2, "weight_decay": 0.1}, gradients=0),)
 
 
+def _embedding(source: _Source, s: int) -> tuple[Sample, ...]:
+    # Few different words: the gradient of a row is a long sum.
+    vocabulary, words = (8192, 64) if s > 256 else (67, 3)
+    return (Sample(label="", args=(source.normal(vocabulary, 32), source.integers(words, s, 2)), gradients=1),)
+
+
 _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingProxyType(
     {
+        "embedding": _embedding,
         "rms_norm": _rms_norm,
         "layer_norm": _layer_norm,
         "rotary": _rotary,

@@ -162,7 +162,7 @@ def _check_refusals() -> None:
     for layer in (
         lambda: ColumnParallelLinear(4, 6, bias=False, group=group),
         lambda: RowParallelLinear(6, 4, bias=False, group=group),
-        lambda: VocabParallelEmbedding(6, 4, group=group),
+        lambda: VocabParallelEmbedding(6, 4, ops=reference_ops(), group=group),
     ):
         with pytest.raises(ValueError, match="6 cannot be divided over 4 tensor-parallel ranks; --tensor-model"):
             layer()

@@ -40,6 +40,8 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("geglu", (_X, _X.int()), {}, "up must be floating"),
     ("bias_gelu", (_X, torch.zeros(5), "tanh"), {}, "bias must be"),
     ("bias_gelu", (_X, None, "sigmoid"), {}, "approximate must be"),
+    ("embedding", (_X[0, 0], torch.zeros(3, dtype=torch.int32)), {}, "int64"),
+    ("embedding", (_X[0, 0, 0], torch.zeros(3, dtype=torch.int64)), {}, "[v, h]"),
     ("squared_relu", (_X.int(),), {}, "floating"),
     ("relu", (_X.int(),), {}, "floating"),
     ("bias_dropout_add", (_X, None, _X[:2], 0.1, True), {}, "shapes must agree"),
