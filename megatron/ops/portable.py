@@ -20,7 +20,7 @@ ATTENTION_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({**TOLERANCE
 
 @implements(reference.embedding, name="torch")
 def embedding(weight: Tensor, ids: Tensor) -> Tensor:
-    """torch's own, for devices on which it sums gradients in float32; CPUs sum in the dtype of the weight."""
+    """The kernel of torch, for devices on which it sums gradients in float32; CPUs sum in the dtype of the weight."""
     return F.embedding(ids, weight)
 
 
