@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--target-tensor-parallel-size", type=int, default=1, help="tensor-parallel ranks to split for")
     add("--target-pipeline-parallel-size", type=int, default=1, help="pipeline stages to split for")
     add("--make-vocab-size-divisible-by", type=int, default=128, help="as for training; added rows are zero")
+    add("--dialect", help="names of the tensors (default: those of the first program of the format)")
     add("--dtype", choices=_DTYPES, help="of the weights (default: as they are)")
     add("--hf-config", type=Path, help="config.json of the model, if --load does not describe it")
     add("--vocab-size", type=int, help="tokens without padding, if --load does not say")
@@ -61,6 +62,7 @@ def main() -> None:
         tp=args.target_tensor_parallel_size,
         pp=args.target_pipeline_parallel_size,
         divisible_by=args.make_vocab_size_divisible_by,
+        dialect=args.dialect,
         dtype=_DTYPES[args.dtype] if args.dtype else None,
         max_shard_bytes=math.ceil(args.max_shard_size * 1e9),
     )

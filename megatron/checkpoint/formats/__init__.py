@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch
-from megatron.checkpoint.formats import huggingface, native
+from megatron.checkpoint.formats import huggingface, megatron, native
 from megatron.checkpoint.formats.assets import with_tokenizer
 from megatron.checkpoint.formats.detect import describe, kind_of
 from megatron.checkpoint.formats.model import StoredModel
@@ -39,6 +39,7 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "hf": Format(title="Hugging Face", read=huggingface.read, write=huggingface.write, sharded=False),
     "native": Format(title="this project's", read=native.read, write=native.write, sharded=False),
+    "megatron": Format(title="Megatron", read=megatron.read, write=megatron.write, sharded=True),
 }
 
 

@@ -53,6 +53,10 @@ class Inert:
         made.made_from, made.items = made_from, []
         return made
 
+    def __call__(self, *made_from: Any) -> Inert:
+        """What it would return is not known either."""
+        return Inert(*made_from)
+
     def __setstate__(self, state: Any) -> None:
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):

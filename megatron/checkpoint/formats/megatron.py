@@ -1,0 +1,258 @@
+"""Checkpoints of Megatron's "torch" format: one file per model-parallel rank.
+
+    latest_checkpointed_iteration.txt                     "100" or "release"
+    iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt      of tensor-parallel rank TT, pipeline stage PPP
+
+Weights, arguments and counters are converted; the optimizer state of these files is tied to the layout of the run that
+wrote it and is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointMismatch, CorruptCheckpoint
+from megatron.checkpoint.files import write_synced
+from megatron.checkpoint.folder import TRACKER
+from megatron.checkpoint.formats.assets import FOLDER, assets_beside
+from megatron.checkpoint.formats.lazy import in_memory
+from megatron.checkpoint.formats.merge import Megatron, logical_weights, nest, to_dialect
+from megatron.checkpoint.formats.model import StoredModel, check
+from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, described_architecture, new_folder
+from megatron.checkpoint.formats.parts import even_stages, part_record, write_parts
+from megatron.checkpoint.formats.settings import complete_record
+from megatron.checkpoint.formats.torch_read import flatten, load_torch
+from megatron.checkpoint.formats.torch_write import Slot, TorchFile
+
+_VERSION = 3.0
+_RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_LAYER = re.compile(r"((?:language_model\.(?:encoder\.)?|decoder\.)layers\.)(\d+)(\..*)")
+_COPY_OF_EMBEDDING = "word_embeddings_for_head.weight"
+
+
+def read(folder: Path, options: ReadOptions) -> StoredModel:
+    """Open a checkpoint: the folder of a run, or one checkpoint in it.
+
+    Raises:
+        CorruptCheckpoint: files are missing or damaged.
+        CheckpointError: it does not fit its configuration, or does not describe the model.
+    """
+    path = _checkpoint_in(folder, options.iteration)
+    files = _rank_files(path)
+    states = [[load_torch(file) for file in stage] for stage in files]
+    first = states[0][0]
+    record = record_in(first)
+    assets = assets_beside(path.parent, record)
+    arch = described_architecture(options, assets, record, path)
+    ranks = [in_memory(_whole_model(path, [stage[rank] for stage in states])) for rank in range(len(states[0]))]
+    version = float(first.get("checkpoint_version") or 0)
+    model = StoredModel(
+        arch=arch,
+        weights=logical_weights(ranks, arch, options, path, version=version),
+        assets=assets,
+        settings=record,
+        progress=progress_in(first, record),
+    )
+    return check(model, path)
+
+
+def _checkpoint_in(folder: Path, iteration: int | None) -> Path:
+    """The folder with the ranks' folders."""
+    if any(_RANK_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
+        return folder
+    name = tracked(folder, TRACKER) if iteration is None else str(iteration)
+    path = folder / (f"iter_{int(name):07d}" if name.isdecimal() else name)
+    if not path.is_dir():
+        raise CorruptCheckpoint(
+            f"{folder} has no {path.name}, which {TRACKER if iteration is None else '--ckpt-step'} names"
+        )
+    return path
+
+
+def tracked(folder: Path, tracker: str) -> str:
+    """What the file that names the latest checkpoint says.
+
+    Raises:
+        CheckpointMismatch: there is no such file.
+    """
+    try:
+        return (folder / tracker).read_text().strip()
+    except OSError as error:
+        raise CheckpointMismatch(f"{folder} has no {tracker}; give the folder of one checkpoint in it") from error
+
+
+def _rank_files(path: Path) -> list[list[Path]]:
+    """The files by pipeline stage and tensor-parallel rank.
+
+    Raises:
+        CorruptCheckpoint: some are missing.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for child in path.iterdir():
+        if match := _RANK_FOLDER.fullmatch(child.name):
+            file = next((child / name for name in _FILES if (child / name).is_file()), None)
+            if file is None:
+                raise CorruptCheckpoint(f"{child} has no {_FILES[0]}")
+            found[int(match[2] or 0), int(match[1])] = file
+    return complete_grid(found, path)
+
+
+def complete_grid(found: Mapping[tuple[int, int], Path], path: Path) -> list[list[Path]]:
+    """Files by (stage, tensor-parallel rank) as a list of lists.
+
+    Raises:
+        CorruptCheckpoint: some are missing.
+    """
+    stages, ranks = (1 + max(index[at] for index in found) for at in range(2))
+    absent = [(stage, rank) for stage in range(stages) for rank in range(ranks) if (stage, rank) not in found]
+    if absent:
+        shown = ", ".join(f"tensor-parallel rank {rank} of stage {stage}" for stage, rank in absent[:4])
+        raise CorruptCheckpoint(f"{path}: {len(absent)} of {stages * ranks} files are missing: {shown}")
+    return [[found[stage, rank] for rank in range(ranks)] for stage in range(stages)]
+
+
+def record_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in a file, as a dictionary."""
+    args = state.get("args")
+    record = dict(vars(args)) if args is not None else {}
+    info = state.get("universal_checkpoint_info") or {}
+    if isinstance(info, Mapping) and "original_vocab_size" in info:
+        record.setdefault("original_vocab_size", info["original_vocab_size"])
+    return record
+
+
+def progress_in(state: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """How far training was."""
+    names = ("consumed_train_samples", "consumed_valid_samples", "consumed_train_tokens")
+    progress = {name: record[name] for name in names if isinstance(record.get(name), int)}
+    progress["iteration"] = state.get("iteration") or 0
+    schedule = state.get("opt_param_scheduler") or state.get("lr_scheduler")
+    if isinstance(schedule, Mapping) and "num_steps" in schedule:
+        progress["opt_param_scheduler"] = {k: v for k, v in schedule.items() if isinstance(v, (int, float, str))}
+    return progress
+
+
+def _whole_model(path: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """All tensors of one tensor-parallel rank under full names; layers have their numbers in the whole model."""
+    chunks = max(1, sum(f"model{index}" in stages[0] for index in range(len(stages[0]))))
+    names = [f"model{index}" for index in range(chunks)] if "model0" in stages[0] else ["model"]
+    whole: dict[str, Tensor] = {}
+    start = 0
+    for name in names:  # of interleaved schedules: the first chunk of every stage comes before the second of any
+        for stage in stages:
+            if name not in stage:
+                raise CorruptCheckpoint(f"{path}: a file has no {name}")
+            tensors = {_current_name(key): tensor for key, tensor in flatten(stage[name]).items()}
+            matches = {key: _LAYER.fullmatch(key) for key in tensors}
+            for key, match in matches.items():
+                full = f"{match[1]}{int(match[2]) + start}{match[3]}" if match else key
+                whole[full] = tensors[key]
+            start += len({match[2] for match in matches.values() if match})
+    return whole
+
+
+def _current_name(name: str) -> str:
+    """The name that a tensor of the first versions of Megatron has today."""
+    if name.startswith("language_model.transformer."):
+        name = name.replace(".transformer.", ".encoder.", 1).replace(".attention.", ".self_attention.", 1)
+    return name
+
+
+def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
+    """Write a checkpoint for `options.tp` ranks and `options.pp` stages; a model without iterations is a "release".
+
+    Raises:
+        CheckpointError: the model cannot be divided so, or `folder` is there already.
+    """
+    dialect = options.dialect or "megatron"
+    whole = to_dialect(model, dialect, options)
+    if model.arch.num_kv_heads % options.tp and not dialect.startswith("core"):
+        options.log(
+            f"WARNING: {model.arch.num_kv_heads} key-value heads are cut over {options.tp} tensor-parallel "
+            "ranks, which of Megatron's programs Megatron-Core alone can load"
+        )
+    name = f"iter_{model.iteration:07d}" if model.iteration else "release"
+    with new_folder(folder) as temporary:
+        for stage, layers in enumerate(even_stages(model.arch.num_layers, options.pp)):
+            paths = [temporary / name / _rank_folder(rank, stage, options) / _FILES[0] for rank in range(options.tp)]
+            for path in paths:
+                path.parent.mkdir(parents=True)
+            _write_stage(paths, whole, model, layers, options)
+        if model.assets.files:
+            model.assets.copy_to(temporary / FOLDER)
+        write_synced(temporary / TRACKER, (str(model.iteration) if model.iteration else "release").encode())
+
+
+def _rank_folder(rank: int, stage: int, options: WriteOptions) -> str:
+    return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if options.pp > 1 else "")
+
+
+def _write_stage(
+    paths: Sequence[Path], whole: Megatron, model: StoredModel, layers: range, options: WriteOptions
+) -> None:
+    splits = whole.splits()
+    slots = stage_slots(whole, layers, copy_embedding=options.pp > 1)
+    records = {
+        slot: part_record(whole.tensors.records[name], splits[name], options.tp, name) for slot, name in slots.items()
+    }
+    tree = nest({slot: Slot(slot, record) for slot, record in records.items()}, whole.dialect)
+    objects = {**client_state(model, whole, options), "model": tree}
+    with ExitStack() as stack:
+        files = [stack.enter_context(TorchFile(path, objects)) for path in paths]
+        write_parts(files, whole.tensors, splits, slots)
+
+
+def stage_slots(whole: Megatron, layers: range, *, copy_embedding: bool) -> dict[str, str]:
+    """The tensors of one pipeline stage: name in its file, with layers numbered from 0 -> full name.
+
+    Args:
+        whole: the model.
+        layers: of the stage.
+        copy_embedding: the last stage has a copy of the embedding, if it is the head too.
+    """
+    numbers = [piece.place for piece in whole.table if isinstance(piece.place, int)]
+    first, last = layers.start == 0, layers.stop == max(numbers) + 1
+    slots: dict[str, str] = {}
+    for piece in whole.table:
+        full = piece.full_name(whole.dialect)
+        if isinstance(piece.place, int):
+            if piece.place in layers:
+                slots[piece.full_name(whole.dialect, piece.place - layers.start)] = full
+        elif first if piece.place == "first" else last:
+            slots[full] = full
+    tied = all("head.weight" not in piece.ours for piece in whole.table)
+    if copy_embedding and last and tied:
+        head = whole.dialect.ends["head"].format("weight") if not whole.dialect.nested else _COPY_OF_EMBEDDING
+        slots[head] = whole.dialect.ends["embedding.word"].format("weight")
+    return slots
+
+
+def client_state(model: StoredModel, whole: Megatron, options: WriteOptions) -> dict[str, Any]:
+    """What Megatron keeps beside the tensors: arguments, counters, schedule."""
+    record = complete_record(model.arch, model.settings, {}, tp=options.tp, pp=options.pp)
+    dtype = model.weights.records["embedding.word.weight"].dtype if options.dtype is None else options.dtype
+    args = {
+        **record,
+        **{name: value for name, value in model.progress.items() if isinstance(value, int)},
+        "padded_vocab_size": whole.padded_vocab_size,
+        "original_vocab_size": model.arch.vocab_size,
+        "make_vocab_size_divisible_by": options.divisible_by,
+        "params_dtype": getattr(torch, str(dtype).removeprefix("torch.")),
+    }
+    state = {
+        "args": argparse.Namespace(**args),
+        "checkpoint_version": _VERSION,
+        "iteration": model.iteration,
+        "tokens": model.progress.get("consumed_train_tokens", 0),
+    }
+    schedule = model.progress.get("opt_param_scheduler")
+    return state if schedule is None else {**state, "opt_param_scheduler": schedule}

@@ -1,0 +1,181 @@
+"""Between the tensors of Megatron's tensor-parallel ranks and logical tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
+from megatron.checkpoint.formats.lazy import LazyTensors, cast_view, join_view, rows_view, split_view
+from megatron.checkpoint.formats.model import StoredModel, unpadded
+from megatron.checkpoint.formats.names import DIALECTS, THIRDS, Dialect, Piece, frequency_pieces, per_head_last, pieces
+from megatron.checkpoint.formats.options import ReadOptions, WriteOptions
+from megatron.checkpoint.formats.parts import Split, joined
+from megatron.checkpoint.manifest import TensorRecord
+from megatron.config.architecture import Architecture
+
+# They follow from others: copies of the embedding, rotary frequencies, state of Transformer Engine, causal masks.
+_DERIVED = re.compile(r"word_embeddings_for_head\..*|.*rotary_emb\.inv_freq|.*_extra_state|.*\.attention\.bias")
+_SHOWN = 5
+
+
+def logical_weights(
+    ranks: Sequence[LazyTensors], arch: Architecture, options: ReadOptions, where: Path, *, version: float = 3.0
+) -> LazyTensors:
+    """Logical tensors, out of those of all tensor-parallel ranks.
+
+    Args:
+        ranks: of each rank all tensors of the model under full names with global layer numbers.
+        arch: of the model.
+        options: see `average_replicas`.
+        where: the checkpoint, for messages.
+        version: of Megatron's format; below 2 queries, keys and values are laid out differently.
+
+    Raises:
+        CheckpointMismatch: the names are of no dialect, or do not fit the architecture.
+        CorruptCheckpoint: ranks hold different tensors.
+    """
+    for rank, tensors in enumerate(ranks):
+        if odd := sorted(tensors.records.keys() ^ ranks[0].records.keys()):
+            raise CorruptCheckpoint(f"{where}: tensor-parallel ranks 0 and {rank} differ in {', '.join(odd[:_SHOWN])}")
+    names = {name for name in ranks[0].records if not _DERIVED.fullmatch(name)}
+    dialect, table = _dialect_of(names, arch, where)
+    table = [_older(piece, arch, version) for piece in table]
+    whole = _joined_view(ranks, table, dialect, average=options.average_replicas)
+    rows = {piece.full_name(dialect): arch.vocab_size for piece in table if piece.has_vocabulary_rows}
+    return split_view(rows_view(whole, rows), [piece.entry(dialect) for piece in table])
+
+
+def _dialect_of(names: Collection[str], arch: Architecture, where: Path) -> tuple[Dialect, list[Piece]]:
+    """The dialect with these names, and all tensors of the model in it."""
+    best: tuple[int, list[str], list[str]] | None = None
+    for dialect in DIALECTS.values():
+        try:
+            table = pieces(arch, dialect)
+        except CheckpointError:
+            continue
+        expected = {piece.full_name(dialect) for piece in table}
+        missing, unknown = sorted(expected - set(names)), sorted(set(names) - expected)
+        if not missing and not unknown:
+            return dialect, table
+        if best is None or len(missing) + len(unknown) < best[0]:
+            best = len(missing) + len(unknown), missing, unknown
+    if best is None:
+        raise CheckpointMismatch(f"{where}: no program with this format computes such a model")
+    raise CheckpointMismatch(
+        f"{where}: its tensors do not fit its configuration: missing {best[1][:_SHOWN]}, unknown {best[2][:_SHOWN]}"
+    )
+
+
+def _older(piece: Piece, arch: Architecture, version: float) -> Piece:
+    """The piece as it was in earlier versions of the format."""
+    if version >= 2 or len(piece.ours) != 3:
+        return piece
+    if arch.num_kv_heads != arch.num_heads:
+        raise CheckpointMismatch(f"version {version} of the format knows no grouped-query attention")
+    if version == 0:
+        return replace(piece, layout=THIRDS, split=Split(0, 3))
+    return replace(piece, layout=per_head_last(arch.num_heads))
+
+
+def _joined_view(
+    ranks: Sequence[LazyTensors], table: Sequence[Piece], dialect: Dialect, *, average: bool
+) -> LazyTensors:
+    splits = {piece.full_name(dialect): piece.split for piece in table}
+
+    def read(name: str) -> Tensor:
+        return joined([tensors.read(name) for tensors in ranks], splits[name], name, average=average)
+
+    records = {name: _whole(ranks[0].records[name], split, len(ranks)) for name, split in splits.items()}
+    return LazyTensors(records, read)
+
+
+def _whole(record: TensorRecord, split: Split | None, ranks: int) -> TensorRecord:
+    if split is None:
+        return record
+    shape = list(record.shape)
+    shape[split.dim] *= ranks
+    return replace(record, shape=tuple(shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Megatron:
+    """A model in a dialect, ready to be cut for tensor-parallel ranks.
+
+    Attributes:
+        dialect: the names.
+        table: all tensors.
+        tensors: whole, by full names with global layer numbers; the vocabulary is padded with rows of zeros.
+        padded_vocab_size: its rows then.
+    """
+
+    dialect: Dialect
+    table: Sequence[Piece]
+    tensors: LazyTensors
+    padded_vocab_size: int
+
+    def splits(self) -> dict[str, Split | None]:
+        """How each tensor is cut, by full name."""
+        return {piece.full_name(self.dialect): piece.split for piece in self.table}
+
+
+def to_dialect(model: StoredModel, name: str, options: WriteOptions, weights: LazyTensors | None = None) -> Megatron:
+    """A model in Megatron's layout.
+
+    Args:
+        model: the model.
+        name: of the dialect.
+        options: `tp`, `divisible_by` and `dtype` count.
+        weights: tensors under the names of the weights to take instead of them, such as moments; their dtype is kept.
+
+    Raises:
+        CheckpointError: the dialect is unknown, has no place for a tensor, or heads cannot be divided.
+    """
+    if name not in DIALECTS:
+        raise CheckpointError(f"--dialect {name}: there are {', '.join(DIALECTS)}")
+    arch = unpadded(model.arch)
+    check_heads(arch, options.tp)
+    dialect = DIALECTS[name]
+    table = [*pieces(arch, dialect), *frequency_pieces(arch, dialect)]
+    ours = cast_view(model.weights, options.dtype) if weights is None else weights
+    rows = options.padded(arch.vocab_size)
+    whole = join_view(ours, [piece.entry(dialect) for piece in table])
+    padding = {piece.full_name(dialect): rows for piece in table if piece.has_vocabulary_rows}
+    return Megatron(dialect=dialect, table=table, tensors=rows_view(whole, padding), padded_vocab_size=rows)
+
+
+def check_heads(arch: Architecture, tp: int) -> None:
+    """Refuse numbers of tensor-parallel ranks that no program can work with.
+
+    Raises:
+        CheckpointError: heads, or the width of the feed-forward block, cannot be divided over the ranks.
+    """
+    for what, number in (("query heads", arch.num_heads), ("elements of the feed-forward block", arch.ffn_hidden_size)):
+        if number % tp:
+            raise CheckpointError(f"{number} {what} cannot be divided over {tp} ranks (--target-tensor-parallel-size)")
+    if arch.num_kv_heads % tp and tp % arch.num_kv_heads:
+        raise CheckpointError(
+            f"{arch.num_kv_heads} key-value heads and {tp} ranks (--target-tensor-parallel-size): one must divide the "
+            "other"
+        )
+
+
+def nest(flat: Mapping[str, object], dialect: Dialect) -> dict[str, object]:
+    """The dictionaries in dictionaries that the programs of a dialect write.
+
+    Args:
+        flat: by full name.
+        dialect: says which beginnings of the names are dictionaries of their own.
+    """
+    tree: dict[str, object] = {}
+    for name, value in flat.items():
+        prefix = next((start for start in dialect.nested if name.startswith(f"{start}.")), "")
+        inner = tree
+        for key in prefix.split(".") if prefix else ():
+            inner = inner.setdefault(key, {})  # type: ignore[assignment]
+        inner[name.removeprefix(f"{prefix}.")] = value
+    return tree

@@ -1,0 +1,260 @@
+"""What Megatron and the programs made of it call their tensors, and how those are made of logical ones.
+
+Queries, keys and values are one tensor, stored per key-value group [q ... q, k, v] (version 3.0 of the format), so that
+any number of ranks that divides the groups gets whole groups by cutting it in equal parts. Gate and up-projection are
+one tensor in most dialects, of which each rank has [gate; up].
+Legend: h=hidden, n=query heads, g=kv heads, d=head dim, f=ffn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.formats.model import VOCABULARY, parameter_shapes, unpadded
+from megatron.checkpoint.formats.parts import Split
+from megatron.config.architecture import Architecture
+from megatron.model.hf import Entry, Layout
+from megatron.mpu.sharding import shard_dim
+
+Place = int | Literal["first", "last"]
+
+_QKV = ("attention.query", "attention.key", "attention.value")
+_GATED = ("mlp.gate", "mlp.up")
+_SAME = Layout(split=lambda x: (x,), join=lambda parts: parts[0])
+_HALVES = Layout(split=lambda x: x.chunk(2), join=torch.cat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """One way to name the tensors. `{}` in a name stands for "weight" or "bias".
+
+    Attributes:
+        layers: what stands before the name of a tensor of a layer; `{}` is the number of the layer.
+        ends: names of the tensors that belong to no layer, by logical name.
+        parts: names of the tensors of a layer, by logical name; that of the query is the name of q, k and v together.
+        fused_gate: name of gate and up-projection together; None: they are separate.
+        frequencies: name of the rotary frequencies of each layer, which AscendSpeed stores.
+        nested: beginnings of names that are dictionaries in dictionaries, one per part of the name.
+    """
+
+    layers: str
+    ends: Mapping[str, str]
+    parts: Mapping[str, str]
+    fused_gate: str | None
+    frequencies: str | None = None
+    nested: tuple[str, ...] = ()
+
+
+_MEGATRON_PARTS = {
+    "attention_norm": "input_layernorm.{}",
+    "attention.query": "self_attention.query_key_value.{}",
+    "attention.query_norm": "self_attention.q_layernorm.{}",
+    "attention.key_norm": "self_attention.k_layernorm.{}",
+    "attention.output": "self_attention.dense.{}",
+    "mlp_norm": "post_attention_layernorm.{}",
+    "mlp.up": "mlp.dense_h_to_4h.{}",
+    "mlp.down": "mlp.dense_4h_to_h.{}",
+}
+_MEGATRON_ENDS = {
+    "embedding.word": "language_model.embedding.word_embeddings.{}",
+    "embedding.position": "language_model.embedding.position_embeddings.{}",
+    "embedding.norm": "language_model.embedding.word_embeddings.norm.{}",
+    "final_norm": "language_model.encoder.final_layernorm.{}",
+    "head": "language_model.output_layer.{}",
+}
+_MEGATRON_NESTED = (
+    *("language_model.embedding.word_embeddings", "language_model.embedding.position_embeddings"),
+    *("language_model.encoder", "language_model.output_layer", "word_embeddings_for_head"),
+)
+_CORE_PARTS = {
+    "attention_norm": "input_layernorm.{}",
+    "attention.query": "self_attention.linear_qkv.{}",
+    "attention.query_norm": "self_attention.q_layernorm.{}",
+    "attention.key_norm": "self_attention.k_layernorm.{}",
+    "attention.output": "self_attention.linear_proj.{}",
+    "mlp_norm": "pre_mlp_layernorm.{}",
+    "mlp.up": "mlp.linear_fc1.{}",
+    "mlp.down": "mlp.linear_fc2.{}",
+}
+_CORE_ENDS = {
+    "embedding.word": "embedding.word_embeddings.{}",
+    "embedding.position": "embedding.position_embeddings.{}",
+    "final_norm": "decoder.final_layernorm.{}",
+    "head": "output_layer.{}",
+}
+_CORE = Dialect(layers="decoder.layers.{}.", ends=_CORE_ENDS, parts=_CORE_PARTS, fused_gate=_CORE_PARTS["mlp.up"])
+_CORE_FUSED_NORMS = {
+    "attention_norm": "self_attention.linear_qkv.layer_norm_{}",
+    "mlp_norm": "mlp.linear_fc1.layer_norm_{}",
+}
+_ASCENDSPEED = Dialect(
+    layers="language_model.layers.{}.",
+    ends={
+        "embedding.word": "embedding.word_embeddings.{}",
+        "final_norm": "language_model.final_layernorm.{}",
+        "head": "lm_head.lm_head.{}",
+    },
+    parts={
+        "attention_norm": "input_layernorm.{}",
+        "attention.query": "attention.query_key_value.{}",
+        "attention.output": "attention.dense.{}",
+        "mlp_norm": "post_attention_layernorm.{}",
+        "mlp.gate": "mlp.gate_proj.{}",
+        "mlp.up": "mlp.up_proj.{}",
+        "mlp.down": "mlp.down_proj.{}",
+    },
+    fused_gate=None,
+    frequencies="attention.rotary_emb.inv_freq",
+)
+_MODELLINK = Dialect(
+    layers="language_model.encoder.layers.{}.",
+    ends=_MEGATRON_ENDS,
+    parts={**_MEGATRON_PARTS, "mlp.gate": "mlp.gate_proj.{}"},
+    fused_gate=None,
+    nested=_MEGATRON_NESTED,
+)
+
+DIALECTS: Mapping[str, Dialect] = {
+    "megatron": replace(_MODELLINK, parts=_MEGATRON_PARTS, fused_gate=_MEGATRON_PARTS["mlp.up"]),
+    "core": _CORE,
+    "core-te": replace(_CORE, parts={**_CORE_PARTS, **_CORE_FUSED_NORMS}),
+    "ascendspeed": _ASCENDSPEED,
+    "ascendspeed-merged": replace(_ASCENDSPEED, fused_gate="mlp.proj.{}"),
+    "modellink": _MODELLINK,
+    "modellink-merged": replace(_MODELLINK, fused_gate="mlp.proj.{}"),
+}
+"""megatron: Megatron-LM until 2023, Megatron-DeepSpeed. core: Megatron-Core with its own layers; core-te: with those of
+Transformer Engine. ascendspeed: AscendSpeed of 2023; modellink: its successor; merged: with --merge-mlp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One tensor of a dialect.
+
+    Attributes:
+        place: number of its layer, or the end of the model it is at.
+        name: within its layer, or the whole name.
+        ours: the logical tensors it is made of.
+        layout: how.
+        split: how tensor-parallel ranks share it.
+    """
+
+    place: Place
+    name: str
+    ours: tuple[str, ...]
+    layout: Layout
+    split: Split | None
+
+    @property
+    def has_vocabulary_rows(self) -> bool:
+        """Whether its rows are tokens, and so are padded."""
+        return any(name in VOCABULARY for name in self.ours)
+
+    def full_name(self, dialect: Dialect, layer: int | None = None) -> str:
+        """The name with everything before it.
+
+        Args:
+            dialect: the one it belongs to.
+            layer: number of the layer there; None: its number in the whole model.
+        """
+        if not isinstance(self.place, int):
+            return self.name
+        return dialect.layers.format(self.place if layer is None else layer) + self.name
+
+    def entry(self, dialect: Dialect) -> Entry:
+        """For the views of `lazy`."""
+        return Entry(self.full_name(dialect), self.ours, self.layout)
+
+
+def pieces(arch: Architecture, dialect: Dialect) -> list[Piece]:
+    """All tensors of a model, in the order of the layers.
+
+    Raises:
+        CheckpointError: the dialect has no name for one of them.
+    """
+    return list(_pieces(arch, dialect))
+
+
+def _pieces(arch: Architecture, dialect: Dialect) -> Iterator[Piece]:
+    for name in parameter_shapes(unpadded(arch)):
+        stem, _, kind = name.rpartition(".")
+        place: Place = "first" if stem.startswith("embedding") else "last"
+        if stem.startswith("layers."):
+            _, number, stem = stem.split(".", 2)
+            place = int(number)
+        if stem in _QKV[1:] or (stem == "mlp.gate" and dialect.fused_gate):
+            continue  # part of another one
+        template, logical, layout = _template(stem, dialect, arch, layered=isinstance(place, int))
+        if template is None:
+            raise CheckpointError(f"{name} has no place in the format: its programs do not compute such a model")
+        prefix = name.removesuffix(f"{stem}.{kind}")
+        dim = shard_dim(name)
+        yield Piece(
+            place=place,
+            name=template.format(kind),
+            ours=tuple(f"{prefix}{part}.{kind}" for part in logical),
+            layout=layout,
+            split=None if dim is None else Split(dim, len(logical) if logical == _GATED else 1),
+        )
+
+
+def frequency_pieces(arch: Architecture, dialect: Dialect) -> list[Piece]:
+    """The rotary frequencies that a dialect stores with every layer; they follow from the architecture."""
+    if dialect.frequencies is None:
+        return []
+    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    frequencies = 1.0 / arch.rope_theta**exponents
+    layout = Layout(split=lambda _: (), join=lambda _: frequencies)
+    return [
+        Piece(place=layer, name=dialect.frequencies, ours=(), layout=layout, split=None)
+        for layer in range(arch.num_layers)
+    ]
+
+
+def _template(
+    stem: str, dialect: Dialect, arch: Architecture, *, layered: bool
+) -> tuple[str | None, tuple[str, ...], Layout]:
+    """Name, logical parts and layout of the tensor that begins with the parameter `stem`."""
+    if not layered:
+        return dialect.ends.get(stem), (stem,), _SAME
+    if stem == "attention.query":
+        return dialect.parts[stem], _QKV, per_group(arch.num_kv_heads, arch.head_dim)
+    if stem == "mlp.up" and arch.gated and dialect.fused_gate:
+        return dialect.fused_gate, _GATED, _HALVES
+    return dialect.parts.get(stem), (stem,), _SAME
+
+
+def per_group(groups: int, head_dim: int) -> Layout:
+    """Rows [g, (n/g + 2) * d, ...]: the queries of a group, its key, its value; then the next group."""
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        rows = x.unflatten(0, (groups, -1))
+        query, key, value = rows.split([rows.shape[1] - 2 * head_dim, head_dim, head_dim], 1)
+        return query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+
+    def join(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+    return Layout(split=split, join=join)
+
+
+def per_head_last(heads: int) -> Layout:
+    """Rows [n, d, 3, ...] of version 1.0 of the format; every head has a key and a value of its own."""
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.flatten(0, 1) for part in x.unflatten(0, (heads, -1, 3)).unbind(2))
+
+    def join(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 2).flatten(0, 2)
+
+    return Layout(split=split, join=join)
+
+
+THIRDS = Layout(split=lambda x: x.chunk(3), join=torch.cat)
+"""Rows [3, n, d, ...] of version 0 of the format."""
