@@ -21,7 +21,7 @@ LAYERS = (
     ("model", "data", "tokenizer"),
     ("checkpoint",),
     ("training", "generation"),
-    ("launch",),
+    ("launch", "planner"),
 )
 LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
