@@ -1,0 +1,195 @@
+"""What the model keeps for the backward pass, tensor by tensor.
+
+The lists below say what `megatron.model` saves with this project's operations; tests measure that they do. Bytes are
+those of one micro-batch on one rank. Legend: T = tokens of the micro-batch on this rank, S = ranks among which tokens
+are split between layers (sequence parallelism), t = tensor-parallel ranks, h=hidden, n=query heads, g=kv heads,
+d=head dim, f=ffn, v=padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.ops.blocked_attention import BLOCK_ROWS, KEEP_WEIGHTS_UP_TO
+from megatron.planner.case import Case
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that is kept.
+
+    Attributes:
+        what: what it is.
+        bytes: its size.
+    """
+
+    what: str
+    bytes: int
+
+
+def layer(case: Case) -> tuple[Saved, ...]:
+    """What one layer keeps when nothing in it is recomputed as a whole."""
+    return (*_attention_block(case), *_feed_forward(case))
+
+
+def layer_bytes(case: Case) -> int:
+    """The same in bytes."""
+    return total(layer(case))
+
+
+def layers_bytes(case: Case, layers: int) -> int:
+    """What `layers` layers of a stage keep under the case's recomputation."""
+    plan = case.recompute
+    if plan.granularity != "full":
+        return layers * layer_bytes(case)
+    if plan.method == "uniform":
+        return -(-layers // plan.num_layers) * hidden_bytes(case)
+    recomputed = min(plan.num_layers, layers)
+    return recomputed * hidden_bytes(case) + (layers - recomputed) * layer_bytes(case)
+
+
+def recomputed_bytes(case: Case, layers: int) -> int:
+    """What the group of layers that is being recomputed keeps, beside what was kept anyway."""
+    plan = case.recompute
+    if plan.granularity != "full" or layers == 0:
+        return 0
+    group = min(plan.num_layers, layers) if plan.method == "uniform" else 1
+    return group * layer_bytes(case) - hidden_bytes(case)
+
+
+def hidden_bytes(case: Case) -> int:
+    """Hidden states between two layers."""
+    return case.tokens // case.split * case.arch.hidden_size * _residual_itemsize(case)
+
+
+def embedding(case: Case) -> tuple[Saved, ...]:
+    """What the embedding keeps; its output is the first layer's input."""
+    arch, tokens, split = case.arch, case.tokens, case.split
+    found = [Saved("token ids", tokens * 8)]
+    if case.tp > 1:
+        found.append(Saved("tokens of other ranks", tokens))
+    if arch.embedding_norm:
+        found.append(Saved("embedding norm: input", tokens * arch.hidden_size * case.itemsize // split))
+    if arch.hidden_dropout > 0.0:
+        found.append(_mask(case, "embedding"))
+    return tuple(found)
+
+
+def head(case: Case) -> tuple[Saved, ...]:
+    """What final norm, head and loss keep; the norm's input is the last layer's output."""
+    tokens = case.tokens
+    return (
+        Saved("final norm: input", hidden_bytes(case)),
+        Saved("final norm: row statistics", tokens // case.split * _statistics(case)),
+        Saved("head: input", _normed(case)),
+        Saved("logits", logits_bytes(case)),
+        Saved("loss: labels, normalizers and losses", tokens * (8 if case.tp == 1 else 16)),
+    )
+
+
+def logits_bytes(case: Case) -> int:
+    """Logits of one rank [T, v/t]."""
+    return case.tokens * (case.arch.padded_vocab_size // case.tp) * case.itemsize
+
+
+def rotary_bytes(case: Case) -> int:
+    """Cosines and sines [s, 1 or b, 1, r] in float32, shared by all layers of a micro-batch."""
+    if case.arch.position != "rope":
+        return 0
+    rows = case.seq_length // case.cp * (case.micro_batch if case.documents else 1)
+    return 2 * 4 * rows * int(case.arch.head_dim * case.arch.rope_percent)
+
+
+def total(found: Sequence[Saved]) -> int:
+    """Bytes of all."""
+    return sum(item.bytes for item in found)
+
+
+def _attention_block(case: Case) -> list[Saved]:
+    arch, t, rows = case.arch, case.tp, case.tokens
+    query = rows * arch.num_heads * arch.head_dim // t * case.itemsize
+    key = rows * case.kv_heads * arch.head_dim * case.itemsize
+    found = [
+        Saved("attention norm: input", hidden_bytes(case)),
+        Saved("attention norm: row statistics", rows // case.split * _statistics(case)),
+        Saved("query, key, value: input", _normed(case)),
+    ]
+    if arch.qk_norm:
+        heads = arch.num_heads // t + case.kv_heads
+        found += [Saved("query and key norm: input and statistics", query + key + rows * heads * _statistics(case))]
+    found += [Saved("query", query), Saved("key and value", 2 * key), *_attention_extra(case)]
+    found.append(Saved("attention result", query))
+    if arch.hidden_dropout > 0.0:
+        found.append(_mask(case, "attention"))
+    return found
+
+
+def _attention_extra(case: Case) -> list[Saved]:
+    """What the kernel keeps beside its arguments and its result; recomputation of attention drops it."""
+    arch = case.arch
+    heads, length, batch = arch.num_heads // case.tp, case.seq_length, case.micro_batch
+    if case.recompute.granularity == "selective":
+        return []
+    pairs = batch * heads // case.cp * length * length
+    if case.kernels.attention == "reference":
+        # Everything is widened to float32, with a copy of key and value for every query head.
+        widened = case.tokens * arch.head_dim * (12 * heads - case.itemsize * (heads + 2 * case.kv_heads))
+        dropped = 8 * pairs if arch.attention_dropout > 0.0 else 0
+        return [Saved("attention weights and wide copies", 4 * pairs + dropped + length * length + widened)]
+    if case.kernels.attention == "blocked":
+        pairs = batch * heads // case.cp * _blocked_pairs(length, arch.sliding_window)
+        kept = pairs * case.itemsize if length <= KEEP_WEIGHTS_UP_TO else 0
+        return [Saved("attention weights", kept + (pairs if arch.attention_dropout > 0.0 else 0))]
+    found = [Saved("attention: row normalizers", case.tokens * heads * 4)]
+    if case.kernels.attention == "masked":
+        copies = (heads if arch.position == "alibi" else 1) * (batch if case.documents else 1)
+        found.append(Saved("attention mask", copies * length * length // case.cp * case.itemsize))
+    return found
+
+
+def _blocked_pairs(length: int, window: int | None) -> int:
+    """(query, key) pairs of one head that the blocked kernel computes."""
+    pairs = 0
+    for start in range(0, length, BLOCK_ROWS):
+        end = min(start + BLOCK_ROWS, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        pairs += (end - start) * (end - first)
+    return pairs
+
+
+def _feed_forward(case: Case) -> list[Saved]:
+    arch, rows = case.arch, case.tokens
+    inner = rows * arch.ffn_hidden_size // case.tp * case.itemsize
+    found = [
+        Saved("feed-forward norm: input", hidden_bytes(case)),
+        Saved("feed-forward norm: row statistics", rows // case.split * _statistics(case)),
+        Saved("feed-forward: input", _normed(case)),
+    ]
+    if arch.gated:
+        found.append(Saved("gate and up", 2 * inner))
+    elif arch.activation != "relu":  # ReLU's backward pass looks at its result, which the next product keeps
+        found.append(Saved("activation: input", inner))
+    found.append(Saved("down: input", inner))
+    if arch.hidden_dropout > 0.0:
+        found.append(_mask(case, "feed-forward"))
+    return found
+
+
+def _mask(case: Case, where: str) -> Saved:
+    elements = case.tokens // case.split * case.arch.hidden_size
+    return Saved(f"{where}: dropout mask", elements * case.kernels.dropout_mask)
+
+
+def _normed(case: Case) -> int:
+    """Hidden states behind a norm: in the model's dtype, whatever that of the residual stream."""
+    return case.tokens // case.split * case.arch.hidden_size * case.itemsize
+
+
+def _residual_itemsize(case: Case) -> int:
+    return 4 if case.arch.fp32_residual else case.itemsize
+
+
+def _statistics(case: Case) -> int:
+    """Bytes per row that a norm keeps: one float32 for RMSNorm, two for LayerNorm."""
+    return 8 if case.arch.norm == "layernorm" else 4

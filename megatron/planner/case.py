@@ -1,0 +1,217 @@
+"""What is planned: a model, a machine and one way to train the one on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron.config.architecture import Architecture
+from megatron.config.derive import architecture
+from megatron.model.setting import RecomputePlan
+from megatron.mpu.pipeline import StageLayout
+from megatron.mpu.schedule import ScheduleName
+from megatron.mpu.topology import Topology
+from megatron.planner.machines import Machine
+
+AttentionKernel = Literal["fused", "masked", "blocked", "reference"]
+"""What attention keeps for the backward pass:
+
+fused: queries, keys, values, result and one number per row (flash-attn, cuDNN, vendors' kernels)
+masked: the same and an explicit mask (torch's SDPA with ALiBi, a window or documents)
+blocked, reference: also the attention weights; see `megatron.ops.blocked_attention` and `megatron.ops.reference`
+"""
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Facts about the operations of a device that decide how much memory they keep."""
+
+    attention: AttentionKernel = "fused"
+    dropout_mask: int = 1
+    """Bytes per element: accelerators keep a bool, CPUs a number of the hidden states' dtype."""
+    loss_chunk: int | None = None
+    """Logits that the loss widens at a time; None for accelerators' figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, a machine and a layout: everything that a plan follows from."""
+
+    arch: Architecture
+    machine: Machine
+    topology: Topology
+    """Its context-parallel axis holds the ranks of both ways to split a sequence."""
+    ulysses: int = 1
+    """Of the ranks that share a sequence, how many share it by heads (all-to-all) instead of by a ring."""
+    sequence_parallel: bool = False
+    stages: StageLayout
+    schedule: ScheduleName = "1f1b"
+    engine: Literal["native", "deepspeed"] = "native"
+    zero_stage: int = 0
+    replicas: int = 1
+    """Copies of the sharded training state; stage 0 of the native engine is one copy per data-parallel rank."""
+    offload: bool = False
+    """DeepSpeed: optimizer state and step on the host."""
+    bucket: int = 500_000_000
+    """DeepSpeed: parameters whose gradients are reduced at once (reduce_bucket_size)."""
+    live_parameters: int = 1_000_000_000
+    """DeepSpeed, stage 3: parameters that are gathered at once, at most (stage3_max_live_parameters)."""
+    seq_length: int
+    micro_batch: int
+    global_batch: int
+    recompute: RecomputePlan = field(default_factory=RecomputePlan)
+    itemsize: int = 2
+    """Bytes of a weight in the forward pass, and of a hidden state."""
+    grad_itemsize: int = 4
+    """Bytes of a gradient while it is summed over micro-batches and ranks."""
+    moments: int = 2
+    """Float32 numbers per parameter that the optimizer keeps beside the weight: 2 for Adam."""
+    kernels: Kernels = field(default_factory=Kernels)
+    documents: bool = False
+    """Attention stays within documents; positions start anew in each."""
+    compiled: bool = False
+    fp8: bool = False
+    """Matrix products in FP8; for comparison with published results only, training has no such flag."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.topology.tp
+
+    @property
+    def pp(self) -> int:
+        """Pipeline ranks."""
+        return self.topology.pp
+
+    @property
+    def cp(self) -> int:
+        """Ranks that share a sequence."""
+        return self.topology.cp
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.topology.dp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that hold the same weights, over which gradients are summed."""
+        return self.topology.dp * self.topology.cp
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which the training state is cut."""
+        if self.engine == "native" and self.zero_stage == 0:
+            return 1
+        return self.data_ranks // self.replicas
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches per step and data-parallel rank."""
+        return self.global_batch // (self.micro_batch * self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank, before sequence parallelism splits them."""
+        return self.seq_length // self.cp * self.micro_batch
+
+    @property
+    def split(self) -> int:
+        """Tensor-parallel ranks among which the tokens between the layers are split."""
+        return self.tp if self.sequence_parallel else 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all ranks."""
+        return self.global_batch * self.seq_length
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of one tensor-parallel rank; heads fewer than ranks are replicated."""
+        return max(1, self.arch.num_kv_heads // self.tp)
+
+
+def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> Case:
+    """The case that complete settings describe; they must obey the rules of `megatron.config.rules`.
+
+    Args:
+        settings: every setting by name, world size included.
+        vocab_size: tokens the tokenizer can produce.
+        machine: what the ranks are.
+    """
+    arch = architecture(settings, vocab_size)
+    pp, ulysses = settings["pipeline_model_parallel_size"], settings["ds_sequence_parallel_size"]
+    chunks = _chunks(settings)
+    deepspeed = settings["deepspeed"]
+    return Case(
+        arch=arch,
+        machine=machine,
+        topology=Topology(
+            settings["world_size"],
+            tp=settings["tensor_model_parallel_size"],
+            cp=settings["context_parallel_size"] * ulysses,
+            pp=pp,
+        ),
+        ulysses=ulysses,
+        sequence_parallel=settings["sequence_parallel"],
+        stages=StageLayout(pp, even_layers(arch.num_layers, pp * chunks)),
+        schedule=_schedule(settings, chunks),
+        engine="deepspeed" if deepspeed else "native",
+        zero_stage=settings["zero_stage" if deepspeed else "zero_stage_native"],
+        replicas=settings["num_distributed_optimizer_instances"],
+        offload=settings["cpu_optimizer"],
+        seq_length=settings["seq_length"],
+        micro_batch=settings["micro_batch_size"],
+        global_batch=settings["global_batch_size"],
+        recompute=RecomputePlan(
+            granularity=settings["recompute_granularity"] or "none",
+            method=settings["recompute_method"] or "uniform",
+            num_layers=settings["recompute_num_layers"],
+        ),
+        itemsize=_ITEMSIZE[settings["params_dtype"]],
+        grad_itemsize=2 if settings["grad_reduce_in_bf16"] else 4,
+        moments=_moments(settings),
+        kernels=Kernels(attention=_attention(settings, arch)),
+        documents=settings["reset_attention_mask"],
+        compiled=settings["use_torch_compile"],
+    )
+
+
+def even_layers(num_layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage; where they differ, the first and the last stage, which have more to do, get fewer."""
+    share, rest = divmod(num_layers, stages)
+    first = (stages - rest + 1) // 2
+    return tuple(share + (first <= stage < first + rest) for stage in range(stages))
+
+
+def _chunks(settings: Mapping[str, Any]) -> int:
+    """Virtual stages of each pipeline rank."""
+    layers = settings["num_layers_per_virtual_pipeline_stage"]
+    return 1 if layers is None else settings["num_layers"] // settings["pipeline_model_parallel_size"] // layers
+
+
+def _schedule(settings: Mapping[str, Any], chunks: int) -> ScheduleName:
+    if settings["enable_zbh1_pipeline"]:
+        return "zero-bubble"
+    return "interleaved" if chunks > 1 else "1f1b"
+
+
+def _moments(settings: Mapping[str, Any]) -> int:
+    if settings["optimizer"] == "sgd":
+        return 1 if settings["sgd_momentum"] else 0
+    return 2
+
+
+def _attention(settings: Mapping[str, Any], arch: Architecture) -> AttentionKernel:
+    """The kernel that is asked for; without a wish, torch's own."""
+    asked = dict(item.split("=", 1) for item in settings["op"]).get("attention")
+    backend = settings["attention_backend"]
+    if asked in ("reference", "blocked"):
+        return "reference" if asked == "reference" else "blocked"
+    if asked is None and (backend in ("unfused", "local") or not settings["masked_softmax_fusion"]):
+        return "reference"
+    wants_mask = arch.position == "alibi" or arch.sliding_window is not None or settings["reset_attention_mask"]
+    own_kernel = asked not in (None, "sdpa") or (asked is None and backend == "flash")
+    return "masked" if wants_mask and not own_kernel else "fused"

@@ -1,0 +1,227 @@
+"""Memory of a rank: what the engines keep per parameter, and the moments of a step at which most is held.
+
+N parameters on the rank, e bytes in the forward pass, g bytes per summed gradient, d ranks that share the training
+state. The native engine (FSDP2) keeps float32 master weights and moments of its share; see `megatron.training.native`:
+
+| stage | weights             | gradients over micro-batches | master, moments |
+|-------|---------------------|------------------------------|-----------------|
+| 0     | e N                 | g N, then 4 N                | 4 N, 8 N        |
+| 1     | e N                 | g N, then 4 N / d            | 4 N/d, 8 N/d    |
+| 2     | e N                 | 4 N / d                      | 4 N/d, 8 N/d    |
+| 3     | e of two layers     | 4 N / d                      | 4 N/d, 8 N/d    |
+
+One data-parallel rank in float32 has no second copy of its weights: 4 N, 4 N, 8 N.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron.mpu.pipeline import StageLayout
+from megatron.mpu.schedule import ScheduleName, Task, order_tasks
+from megatron.planner import activations
+from megatron.planner.case import Case
+from megatron.planner.parameters import Unit, units_of
+
+PARTS = ("weights", "master weights", "optimizer", "gradients", "activations", "logits and loss", "working memory")
+_CHUNK_TP = 2**24
+_CHUNK = 2**26
+"""Logits of which the losses make float32 copies at a time, with and without tensor parallelism."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held at one moment of a step.
+
+    Attributes:
+        name: the moment.
+        parts: bytes of each of `PARTS`.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Memory of the ranks at one place of the pipeline."""
+
+    pipeline_rank: int
+    parameters: int
+    """Parameters held by a tensor-parallel rank."""
+    moments: tuple[Moment, ...]
+    in_flight: float
+    """Micro-batches whose activations are held at once."""
+
+    @property
+    def peak(self) -> Moment:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
+    """Memory of the ranks at one place of the pipeline."""
+    units = units_of(case, pipeline_rank)
+    state = _deepspeed(case, units) if case.engine == "deepspeed" else _native(case, units)
+    held, in_flight = _held(case, pipeline_rank)
+    stages = case.stages.stages_of(pipeline_rank)
+    layers = max(case.stages.layers[stage] for stage in stages)
+    has_loss = case.stages.last in stages
+    logits = activations.logits_bytes(case) if has_loss else 0
+    layer = activations.recomputed_bytes(case, layers) + _backward_of_a_layer(case) + state.reduction
+    moments = [
+        Moment("backward of a layer", state.running | {"activations": held, "working memory": layer}),
+        Moment("end of backward", state.finishing),
+        Moment("optimizer step", state.updating),
+    ]
+    if has_loss:
+        loss = logits + 4 * _loss_chunk(case)
+        moments.append(Moment("loss", state.running | {"activations": held - logits, "logits and loss": logits + loss}))
+    return RankMemory(
+        pipeline_rank=pipeline_rank,
+        parameters=sum(unit.elements for unit in units),
+        moments=tuple(moments),
+        in_flight=in_flight,
+    )
+
+
+def worst_rank(case: Case) -> RankMemory:
+    """The place of the pipeline that needs most."""
+    return max((rank_memory(case, rank) for rank in range(case.pp)), key=lambda found: found.peak.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """Bytes by part: while micro-batches run, when the last one ends, and in the optimizer's step."""
+
+    running: dict[str, int]
+    finishing: dict[str, int]
+    updating: dict[str, int]
+    reduction: int
+    """Buffers of a gradient reduction beside the backward pass."""
+
+
+def _native(case: Case, units: Sequence[Unit]) -> _State:
+    e, g, d = case.itemsize, case.grad_itemsize, case.shards
+    layers, rest = units[:-1], units[-1]
+    whole, share = sum(unit.elements for unit in units), sum(unit.shard(d) for unit in units)
+    kept = {"master weights": 4 * share, "optimizer": 4 * case.moments * share}
+    if case.data_ranks == 1 and e == 4:
+        running = {"weights": 4 * share, "optimizer": 4 * case.moments * share, "gradients": 4 * share}
+        return _State(running=running, finishing=running, updating=running, reduction=0)
+    largest = max((unit.elements for unit in layers), default=0)
+    several = case.microbatches > 1
+    early = case.zero_stage >= 2  # gradients are reduced after every micro-batch
+    gathered = e * whole if case.zero_stage < 3 else e * min(whole, rest.elements + 3 * largest)
+    summed = (4 * share if early else g * whole) if several else 0
+    fresh = 0 if several and not early else e  # gradients as the backward pass makes them; else summed in place
+    reduced = max((unit.shard(d) for unit in layers), default=0)
+    buffers = (fresh + g) * largest + 4 * reduced
+    end = (fresh + g) * rest.elements + 4 * rest.shard(d)
+    of_layers = 4 * sum(unit.shard(d) for unit in layers)
+    left = (4 * rest.shard(d) if early else g * rest.elements) if several else 0
+    return _State(
+        running=kept | {"weights": gathered, "gradients": summed},
+        finishing=kept | {"weights": e * rest.elements, "gradients": of_layers + left, "working memory": end},
+        updating=kept | {"gradients": 4 * share},
+        reduction=buffers,
+    )
+
+
+def _deepspeed(case: Case, units: Sequence[Unit]) -> _State:
+    """DeepSpeed 0.19: measured on its CPU accelerator, see the tests. With offload the state lies on the host."""
+    e, d, stage = case.itemsize, case.shards, case.zero_stage
+    whole = sum(unit.elements for unit in units)
+    share = -(-whole // d)
+    bucket = min(case.bucket, whole)
+    moments = 4 * case.moments
+    if stage == 0:
+        running = {"weights": 4 * whole, "optimizer": moments * whole, "gradients": 4 * whole}
+        return _State(running=running, finishing=running, updating=running, reduction=4 * bucket)
+    on_device = 0 if case.offload else 1
+    kept = {"master weights": 4 * share * on_device, "optimizer": moments * share * on_device}
+    if stage == 1 and e == 2 and case.grad_itemsize == 4:  # its BF16_Optimizer
+        kept |= {"weights": e * whole, "gradients": (4 + e) * whole}
+        return _State(running=kept, finishing=kept, updating=kept, reduction=(4 + e) * bucket)
+    buffers = e * (case.bucket + bucket)
+    if stage == 1:
+        kept |= {"weights": e * whole, "gradients": e * whole}
+        return _State(running=kept, finishing=kept, updating=kept, reduction=e * case.bucket)
+    if stage == 2:
+        kept |= {"weights": e * whole, "gradients": 4 * share * on_device}
+        return _State(running=kept, finishing=kept, updating=kept, reduction=buffers)
+    live = min(case.live_parameters, whole)
+    kept |= {"weights": e * share + e * live, "gradients": 4 * share * on_device}
+    return _State(running=kept, finishing=kept, updating=kept, reduction=buffers)
+
+
+def _loss_chunk(case: Case) -> int:
+    """Logits of which a float32 copy exists at a time."""
+    chunk = case.kernels.loss_chunk or (_CHUNK if case.tp == 1 else _CHUNK_TP)
+    return min(chunk, activations.logits_bytes(case) // case.itemsize)
+
+
+def _backward_of_a_layer(case: Case) -> int:
+    """Gradients that live for a moment in the backward pass of a layer: those inside the feed-forward block, or the
+    partial sums of the gradient of a column-parallel layer's input, whichever are more.
+    """
+    inner = 2 * case.arch.ffn_hidden_size // case.tp
+    outer = (5 if case.tp > 1 else 3) * case.arch.hidden_size
+    return case.tokens * max(inner, outer) * case.itemsize
+
+
+def _held(case: Case, pipeline_rank: int) -> tuple[int, float]:
+    """Bytes of all activations that are held at once, and of how many micro-batches they are."""
+    per_stage = {stage: stage_activations(case, stage) for stage in case.stages.stages_of(pipeline_rank)}
+    most = held_at_once(case.schedule, case.stages, case.microbatches, pipeline_rank)
+    held = max(sum(per_stage[stage] * count for stage, count in counts) for counts in most)
+    return held, held / max(1, sum(per_stage.values()))
+
+
+def stage_activations(case: Case, stage: int) -> int:
+    """Bytes that one micro-batch keeps in a stage."""
+    held = activations.layers_bytes(case, case.stages.layers[stage]) + activations.rotary_bytes(case)
+    if stage == 0:
+        held += activations.total(activations.embedding(case))
+    if stage == case.stages.last:
+        held += activations.total(activations.head(case))
+    else:
+        held += activations.hidden_bytes(case)  # what was sent on stays until its gradient comes
+    return held
+
+
+@functools.cache
+def held_at_once(
+    name: ScheduleName, layout: StageLayout, microbatches: int, rank: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The largest sets of activations that a rank holds at once: of each, (stage, micro-batches) pairs.
+
+    Sets that are part of a larger one are left out. All schedules but GPipe reach them within a few rounds.
+    """
+    count = microbatches if name == "gpipe" else min(microbatches, 4 * layout.ranks)
+    now = dict.fromkeys(layout.stages_of(rank), 0)
+    seen: set[tuple[tuple[int, int], ...]] = set()
+    tasks = order_tasks(name, layout, count)[rank]
+    for number, task in enumerate(tasks):
+        if task.kind == "F":
+            now[task.stage] += 1
+            if _is_last_forward_for_now(tasks, number):
+                seen.add(tuple(now.items()))
+        elif task.kind in ("B", "W"):
+            now[task.stage] -= 1
+    return tuple(sets for sets in seen if not any(other != sets and _covers(other, sets) for other in seen))
+
+
+def _is_last_forward_for_now(tasks: Sequence[Task], number: int) -> bool:
+    return number + 1 == len(tasks) or tasks[number + 1].kind != "F"
+
+
+def _covers(larger: tuple[tuple[int, int], ...], smaller: tuple[tuple[int, int], ...]) -> bool:
+    return all(a[1] >= b[1] for a, b in zip(larger, smaller, strict=True))

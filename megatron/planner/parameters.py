@@ -1,0 +1,125 @@
+"""The parameters of any rank, from the model itself: it is built on the meta device, which holds no numbers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron.config.architecture import Architecture
+from megatron.model.gpt import GPT
+from megatron.mpu.groups import Group, ProcessGroups
+from megatron.mpu.pipeline import StageLayout
+from megatron.mpu.topology import Place, Topology
+from megatron.ops import reference_ops
+from megatron.planner.case import Case
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and reduced together: one layer, or all that is not in a layer.
+
+    Attributes:
+        name: "layers.3", or "rest" for embedding, final norm and head.
+        shapes: local shape of each parameter.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers of all parameters."""
+        return sum(_product(shape) for shape in self.shapes)
+
+    def shard(self, ranks: int) -> int:
+        """Numbers that one of `ranks` ranks holds when every parameter is cut along dimension 0, with padding."""
+        return sum(-(-shape[0] // ranks) * _product(shape[1:]) for shape in self.shapes)
+
+
+def units_of(case: Case, pipeline_rank: int) -> tuple[Unit, ...]:
+    """The parameters of the ranks at one place of the pipeline: its layers, then the rest."""
+    layers: list[Unit] = []
+    rest: list[tuple[int, ...]] = []
+    for stage in case.stages.stages_of(pipeline_rank):
+        found = _stage(case.arch, case.tp, case.stages, stage)
+        layers += found[:-1]
+        rest += found[-1].shapes
+    return (*layers, Unit("rest", tuple(rest)))
+
+
+def build_rank(case: Case, rank: int) -> list[GPT]:
+    """The stages of one rank on the meta device, in any world: no other rank and no communication is needed."""
+    place = case.topology.place(rank)
+    return [
+        _meta_model(case.arch, rank_groups(case.topology, rank), case.stages, stage)
+        for stage in case.stages.stages_of(place.pp)
+    ]
+
+
+def rank_groups(topology: Topology, rank: int) -> ProcessGroups:
+    """The groups of a rank without a communicator: enough to build a model, not to run it."""
+    place = topology.place(rank)
+
+    def along(*axes: str) -> Group:
+        members = [place]
+        for axis in axes:
+            members = [_moved(member, axis, at) for at in range(topology.size(axis)) for member in members]
+        ranks = tuple(sorted(topology.rank(member) for member in members))
+        return Group(ranks=ranks, rank=ranks.index(rank), size=len(ranks), handle=None)
+
+    everyone = tuple(range(topology.world_size))
+    return ProcessGroups(
+        topology=topology,
+        place=place,
+        mesh=None,
+        tp=along("tp"),
+        dp=along("dp"),
+        cp=along("cp"),
+        pp=along("pp"),
+        dp_cp=along("cp", "dp"),
+        world=Group(ranks=everyone, rank=rank, size=len(everyone), handle=None),
+    )
+
+
+def _moved(place: Place, axis: str, at: int) -> Place:
+    return replace(place, **{axis: at})
+
+
+@functools.cache
+def _stage(arch: Architecture, tp: int, stages: StageLayout, stage: int) -> tuple[Unit, ...]:
+    """The units of a stage; parameters do not depend on the data-parallel or context-parallel ranks."""
+    model = _meta_model(arch, rank_groups(Topology(tp, tp=tp), 0), stages, stage)
+    layers = tuple(Unit(f"layers.{number}", _shapes(layer)) for number, layer in model.layers.items())
+    rest = [tuple(weight.shape) for name, weight in model.named_parameters() if not name.startswith("layers.")]
+    return (*layers, Unit("rest", tuple(rest)))
+
+
+def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, stage: int) -> GPT:
+    alone = Group(ranks=(groups.world.rank,), rank=0, size=1, handle=None)
+    return GPT(
+        _with_own_heads(arch, groups.tp.size),
+        ops=reference_ops(),
+        groups=replace(groups, cp=alone),  # splitting sequences changes no parameter
+        layers=stages.layers_of(stage),
+        first=stage == 0,
+        last=stage == stages.last,
+        device=torch.device("meta"),
+    )
+
+
+def _with_own_heads(arch: Architecture, tp: int) -> Architecture:
+    """Replicated kv heads: every rank holds one, so its shapes are those of a model with a kv head for every rank."""
+    return replace(arch, num_kv_heads=max(arch.num_kv_heads, tp))
+
+
+def _shapes(module: torch.nn.Module) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(weight.shape) for weight in module.parameters())
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for length in shape:
+        result *= length
+    return result

@@ -1,0 +1,148 @@
+"""From a command line to settings for any layout.
+
+The trainer's own parser, defaults and rules are used. What does not bear on a plan (data, tokenizer, checkpoints,
+reports) is left out, so that the flags of a real run can be planned on a machine that has none of its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config import equivalents, rules
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.derive import derive
+from megatron.config.logging import LoggingConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.parser import ConfigError, all_options, read, shown
+from megatron.config.presets import PRESETS
+from megatron.config.run import parse
+
+_LONGEST_ASSUMED = 8192
+_TOKENS_ASSUMED = 4 * 2**20
+_SOURCES = (
+    *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "data_path", "train_data_path"),
+    *("valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path", "mock_data", "split"),
+)
+_LENGTHS = ("train_iters", "train_samples", "train_tokens")
+_FILLED: tuple[str, ...] = ("--mock-data", "--tokenizer-type", "NullTokenizer")
+
+
+def _names(section: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(section))
+
+
+LAYOUT = _names(ParallelConfig) | {"micro_batch_size", "global_batch_size"}
+_UNUSED = _names(CheckpointConfig) | _names(LoggingConfig) | frozenset(_SOURCES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A model and a run, for which any layout can be tried."""
+
+    world_size: int
+    values: Mapping[str, Any]
+    """Every setting, as on one rank."""
+    given: frozenset[str]
+    """Settings that a flag gave, those of the layout included."""
+    layout: Mapping[str, Any]
+    """Settings of the layout that a flag gave."""
+    vocab_size: int
+    """Tokens the tokenizer can produce."""
+    assumed: tuple[str, ...]
+    """Flags that the trainer needs and that were not given."""
+    rounds_batch: bool
+    """Nobody gave a batch size: what is assumed is rounded up to what a layout can do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Settings of one layout, and what speaks against them."""
+
+    settings: Mapping[str, Any]
+    impossible: tuple[str, ...]
+    """Rules that the layout breaks."""
+    missing: tuple[str, ...]
+    """Features that training lacks, so that it refuses the layout today."""
+
+
+def read_request(argv: Sequence[str], world_size: int) -> Request:
+    """What the flags ask for.
+
+    Args:
+        argv: the trainer's flags; --preset or the sizes of a model, and any layout.
+        world_size: ranks.
+
+    Raises:
+        ConfigError: with every problem that has nothing to do with the layout.
+    """
+    flags, unreadable = read(argv)
+    given, contradictory = equivalents.expand(flags)
+    if unreadable or contradictory:
+        raise ConfigError([*unreadable, *contradictory])
+    kept = {name: value for name, value in given.items() if name not in _UNUSED and name != "dry_run"}
+    layout = {name: kept.pop(name) for name in LAYOUT & kept.keys()}
+    assumed, silent = _fill(kept, given)
+    options = all_options()
+    words = [word for name, value in kept.items() if name in options for word in options[name].words(value)]
+    config = parse([*words, *silent, *assumed, "--micro-batch-size", "1"], {})
+    preset = PRESETS.get(config.model.preset or "")
+    sizes = (given.get("vocab_size"), preset.vocab_size if preset else None, config.tokenizer.vocab_size)
+    rounds_batch = "global_batch_size" not in layout
+    if rounds_batch:
+        layout["global_batch_size"] = max(1, _TOKENS_ASSUMED // config.data.seq_length)
+        assumed += ("--global-batch-size", str(layout["global_batch_size"]))
+    if "micro_batch_size" not in layout:
+        layout["micro_batch_size"] = 1
+        assumed += ("--micro-batch-size", "1")
+    return Request(
+        world_size=world_size,
+        values=config.values(),
+        given=frozenset(config.given | layout.keys()) - {"micro_batch_size"},
+        layout=layout,
+        vocab_size=next(size for size in sizes if size),
+        assumed=assumed,
+        rounds_batch=rounds_batch,
+    )
+
+
+def _fill(kept: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Flags that the parser needs: those that matter to a plan and are said, and those that do not."""
+    preset = PRESETS.get(kept.get("preset", ""))
+    assumed: tuple[str, ...] = ()
+    if "seq_length" not in kept and preset is not None:
+        longest = given.get("max_position_embeddings") or preset.settings["max_position_embeddings"]
+        assumed = ("--seq-length", str(min(longest, _LONGEST_ASSUMED)))
+    silent = _FILLED
+    if "lr" not in kept:
+        silent += ("--lr", "1e-4")
+    if not any(name in kept for name in _LENGTHS):
+        silent += ("--train-iters", "1")
+    return assumed, silent
+
+
+def resolve(request: Request, changes: Mapping[str, Any] | None = None) -> Resolved:
+    """Complete settings of the request with some settings of the layout (or others) changed."""
+    layout = {**request.layout, **(changes or {})}
+    unset = {name: None for name in ("global_batch_size", "eval_micro_batch_size") if name not in layout}
+    settings = {**request.values, **unset, **layout, "world_size": request.world_size}
+    given = request.given | layout.keys()
+    settings, _ = derive(settings, frozenset(given))
+    if request.rounds_batch:
+        share = settings["micro_batch_size"] * settings["data_parallel_size"]
+        settings["global_batch_size"] = -(-settings["global_batch_size"] // share) * share
+    impossible = list(rules.violations(settings, frozenset(given)))
+    replicated = _replicated_heads(settings)
+    missing = list(rules.not_yet(settings, shown))
+    if replicated:
+        missing += [problem for problem in impossible if problem.startswith(replicated)]
+        impossible = [problem for problem in impossible if not problem.startswith(replicated)]
+    return Resolved(settings=settings, impossible=tuple(impossible), missing=tuple(missing))
+
+
+def _replicated_heads(settings: Mapping[str, Any]) -> str:
+    """How the rule begins that forbids more tensor-parallel ranks than kv heads, where copies of them would do."""
+    heads, ranks = settings["num_key_value_heads"], settings["tensor_model_parallel_size"]
+    return "--num-key-value-heads " if ranks > heads and ranks % heads == 0 else ""
