@@ -83,12 +83,13 @@ def train(argv: Sequence[str]) -> None:
     import warnings
 
     from megatron.config.run import parse
+    from megatron.training.checkpoint_args import read_settings
     from megatron.training.run import run
 
     warnings.simplefilter("ignore")
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    run(parse(argv, os.environ))
+    run(parse(argv, os.environ, read_record=read_settings))
 
 
 def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout: float = 300.0) -> Curve:

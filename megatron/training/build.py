@@ -15,7 +15,7 @@ from megatron.model.gpt import GPT, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.ops import Ops
-from megatron.training.deepspeed import DeepSpeedEngine
+from megatron.training.deepspeed import DeepSpeedEngine, host_adamw
 from megatron.training.engine import Engine
 from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
@@ -98,8 +98,9 @@ def _optimizer(
     groups = parameter_groups(named_parameters)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.sgd_momentum)
+    adamw = host_adamw if settings.cpu_optimizer and not settings.cpu_torch_adam else ops.adamw
     betas = (settings.adam_beta1, settings.adam_beta2)
-    return ops.adamw(groups, lr=settings.lr, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
+    return adamw(groups, lr=settings.lr, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
 
 
 def native_settings(config: RunConfig) -> NativeSettings:

@@ -81,6 +81,14 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
+def host_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for optimizer state on the host; compiled with the machine's C++ compiler when first used."""
+    _import_deepspeed()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+
+
 class DeepSpeedEngine:
     """Trains a model through DeepSpeed; see `Engine` for the methods."""
 

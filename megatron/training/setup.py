@@ -94,6 +94,10 @@ def _replicas(config: RunConfig, topology: Topology) -> int:
     return config.parallel.num_distributed_optimizer_instances
 
 
+_COMPILED = ("rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "bias_gelu")
+"""Operations of a layer that a compiler fuses best from their plain definitions (`--use-torch-compile`)."""
+
+
 def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[str, str]:
     """Operation -> implementation, from `--op` and from Megatron's flags that stand for one.
 
@@ -124,6 +128,9 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
     if settings.use_fused_rmsnorm is not None:
         name = implementations(accelerator, "rms_norm")[0].name if settings.use_fused_rmsnorm else "reference"
         ask("rms_norm", name, "--use-fused-rmsnorm")
+    if settings.use_torch_compile:
+        for op in _COMPILED:
+            asked.setdefault(op, "reference")
     if config.optimizer.optimizer == "fusedadamw":
         ask("adamw", implementations(accelerator, "adamw")[0].name, "--optimizer fusedadamw")
     return asked

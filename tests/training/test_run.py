@@ -155,10 +155,28 @@ def test_compiled_layers_give_the_same_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed_offloads_the_optimizer_to_the_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [("--cpu_torch_adam",), ()], ids=["torch", "deepspeed"])
+def test_deepspeed_offloads_the_optimizer_to_the_host(flags: tuple[str, ...], tmp_path: Path) -> None:
     document = tmp_path / "ds.json"
     document.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     plain = _of(_train(tmp_path / "a", "--deepspeed", "--zero-stage", "2", ranks=2), "train")
-    offloaded = _of(_train(tmp_path / "b", "--deepspeed", "--deepspeed_config", str(document), ranks=2), "train")
+    offloading = ("--deepspeed", "--deepspeed_config", str(document), "--cpu-optimizer", *flags)
+    offloaded = _of(_train(tmp_path / "b", *offloading, ranks=2, timeout=500), "train")
     for found, expected in zip(offloaded, plain, strict=True):
         assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
+
+
+def test_a_checkpoint_gives_its_settings_and_its_weights(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    first = _of(_train(tmp_path / "a", "--save", saved, "--save-interval", "3"), "train")
+    loading = ("--load", saved, "--exit-on-missing-checkpoint")
+    fine = _of(_train(tmp_path / "b", *loading, "--finetune", "--num-workers", "0"), "train")
+    assert fine[0]["iteration"] == 1
+    assert fine[0]["lm_loss"] < first[0]["lm_loss"]
+    again = _of(_train(tmp_path / "c", *loading, "--ckpt-step", "3"), "train")
+    assert [record["lm_loss"] for record in again] == [record["lm_loss"] for record in first[3:]]
+    metrics = tmp_path / "d" / "metrics.jsonl"
+    argv = [*TRAINING, "--mock-data", "--use-checkpoint-args", *loading, "--ckpt-step", "3", "--log-json", str(metrics)]
+    argv += ["--attention-dropout", "0", "--hidden-dropout", "0"]  # training settings, which a checkpoint does not give
+    run_ranks(1, train, [*argv, "--train-iters", str(ITERATIONS)], init=False)
+    assert [r["lm_loss"] for r in _of(read_metrics(metrics), "train")] == [r["lm_loss"] for r in first[3:]]
