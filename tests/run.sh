@@ -9,7 +9,7 @@ case "${1:-all}" in
   quick) selection=(-m "not slow") ;;
   *) echo "usage: bash tests/run.sh [quick|all]" >&2; exit 2 ;;
 esac
-python=$(python3 tools/environment.py --extras test,hf,plot)
+python=$(python3 tools/environment.py --extras test,hf,plot,data)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 echo "== ruff" && "$python" -m ruff check .
 echo "== mypy" && "$python" -m mypy

@@ -105,12 +105,12 @@ class IndexedDatasetWriter:
         if self._documents[-1] != len(self._lengths):
             self.discard()
             raise DataError(f"The last document of {self.prefix} was not ended: call end_document().")
-        _sync(self._file)
+        sync(self._file)
         self._file.close()
         with self._temporary_idx.open("xb") as file:
             lengths = np.frombuffer(self._lengths, np.intc) if self._lengths else np.empty(0, np.intc)
             write_index(file, self.dtype, lengths, np.frombuffer(self._documents, np.int64))
-            _sync(file)
+            sync(file)
         self._temporary_bin.replace(bin_path(self.prefix))
         self._temporary_idx.replace(idx_path(self.prefix))
         sync_folder(Path(self.prefix).parent)
@@ -159,6 +159,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sync(file: Any) -> None:
+def sync(file: Any) -> None:
+    """Bring a file to the disk."""
     file.flush()
     os.fsync(file.fileno())

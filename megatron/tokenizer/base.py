@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """The same ids as `encode` of every text, faster. Raises `TextError` if any of them cannot be encoded."""
         ...
 
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """The ids that `encode` puts in front of every text and behind it, such as BOS."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         ...

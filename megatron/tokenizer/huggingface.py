@@ -60,7 +60,7 @@ class FastTokenizer:
         """
         engine.no_truncation()
         engine.no_padding()
-        self._engine = engine
+        self.backend = engine
         self._add_special = include_special_tokens
         self._fingerprint = fingerprint
         self.name = name
@@ -78,7 +78,7 @@ class FastTokenizer:
                 raise TokenizerError(f"--eod-token {eod_token!r} is not in the vocabulary of {self.name}")
             return ids[eod_token]
         if self.eos is None:
-            special = [token.content for token in self._engine.get_added_tokens_decoder().values() if token.special]
+            special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
             raise refuse_eod(self.name, special)
         return self.eos
 
@@ -89,16 +89,22 @@ class FastTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text."""
         try:
-            encodings = self._engine.encode_batch_fast(texts, add_special_tokens=self._add_special)
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=self._add_special)
         except (TypeError, UnicodeEncodeError) as error:
             for text in texts:
                 require_unicode(text)
             raise TextError(f"cannot be encoded: {error}") from error
         return [encoding.ids for encoding in encodings]
 
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """The ids that `encode` puts in front of every text and behind it."""
+        inner, outer = (self.backend.encode("a", add_special_tokens=add).ids for add in (False, self._add_special))
+        start = next(i for i in range(len(outer)) if outer[i : i + len(inner)] == inner)
+        return outer[:start], outer[start + len(inner) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids, special tokens spelled out."""
-        text: str = self._engine.decode(list(ids), skip_special_tokens=False)
+        text: str = self.backend.decode(list(ids), skip_special_tokens=False)
         return text
 
     def fingerprint(self) -> str:

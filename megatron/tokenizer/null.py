@@ -49,6 +49,10 @@ class NullTokenizer:
         """The numbers in every text."""
         return [self.encode(text) for text in texts]
 
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """Nothing is added."""
+        return [], []
+
     def decode(self, ids: Sequence[int]) -> str:
         """The numbers, separated by spaces."""
         return " ".join(str(int(number)) for number in ids)

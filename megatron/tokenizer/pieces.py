@@ -36,6 +36,11 @@ class PlainPieces:
             raise TokenizerError(f"{self.name} has no BOS token, and {kind} starts every document with one")
         self._before = [self.bos] if add_bos and self.bos is not None else []
         self._after = [self.eod] if add_eos else []
+        self.marks = [
+            self._model.id_to_piece(i)
+            for i in range(self.vocab_size)
+            if self._model.is_control(i) or self._model.is_unknown(i)
+        ]
         self._fingerprint = fingerprint_of(
             "sentencepiece", [file], {"add_bos": add_bos, "add_eos": add_eos, "eod_token": eod_token}
         )
@@ -58,6 +63,15 @@ class PlainPieces:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text."""
         return [self.encode(text) for text in texts]
+
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """The ids that `encode` puts in front of every text and behind it."""
+        return self._before, self._after
+
+    def model_proto(self) -> bytes:
+        """The content of the model file."""
+        proto: bytes = self._model.serialized_model_proto()
+        return proto
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; control tokens leave nothing."""
@@ -121,6 +135,10 @@ class MarkedPieces:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text."""
         return [self.encode(text) for text in texts]
+
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """Nothing is added."""
+        return [], []
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; added tokens are spelled out with a space on each side."""

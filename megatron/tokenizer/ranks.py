@@ -87,6 +87,10 @@ class RankTokenizer:
         """Token ids of every text."""
         return [self.encode(text) for text in texts]
 
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """The ids that `encode` puts in front of every text and behind it."""
+        return self._before, []
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._engine.decode(list(ids))

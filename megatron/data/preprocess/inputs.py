@@ -1,36 +1,47 @@
-"""From what `--input` says to pieces of text files: which files, and how they are cut."""
+"""From what `--input` says to pieces of text: which files, and how they are cut."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import zlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
 from megatron.data.errors import DataError
+from megatron.data.preprocess import streams, tables
 
 RecordKind = Literal["json", "line", "file"]
 
-# Large enough that handing a chunk to a process costs nothing beside encoding it (about half a second), small enough
-# that the last chunks keep all workers busy and memory stays in the tens of megabytes.
+# Large enough that handing a chunk to a process costs nothing beside encoding it, small enough that the last chunks
+# keep all workers busy and memory stays in the tens of megabytes.
 CHUNK_BYTES = 1 << 20
-_GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_TEXT_ENDINGS = (".jsonl", ".json", ".txt")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where reading goes on: number of the input, and within it bytes (of tables: rows) and lines that are done."""
+
+    number: int = 0
+    offset: int = 0
+    line: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Consecutive records of one file, as bytes.
+    """Consecutive records of one input, as bytes.
 
     Attributes:
-        source: path of the file.
-        first_line: number of the first line in `data`, counted from 1.
+        source: path of the input.
+        first_line: number of the first line (of tables: row) in `data`, counted from 1.
         kind: what a record is: a JSON object on a line, a line of text, or all of `data`.
         data: whole lines, with their line ends.
-        consumed: bytes of the file on disk that were read for this chunk (compressed bytes for .gz).
+        consumed: bytes of the input on disk that were read for this chunk (compressed bytes).
+        end: the place behind it.
     """
 
     source: str
@@ -38,61 +49,126 @@ class Chunk:
     kind: RecordKind
     data: bytes
     consumed: int
+    end: Place
 
 
-def find_inputs(patterns: Iterable[str]) -> list[Path]:
-    """The files that paths and glob patterns name, in order; the matches of one pattern are sorted.
+@dataclass(frozen=True)
+class Input:
+    """One file, folder of a saved Hugging Face dataset, or name of a dataset on the Hugging Face hub."""
+
+    name: str
+    form: Literal["text", "table", "saved", "hub"]
+    size: int
+
+    @property
+    def stamp(self) -> list[object]:
+        """What tells a changed input from the same one."""
+        path = Path(self.name)
+        return [self.name, self.size, path.stat().st_mtime_ns if path.exists() else None]
+
+    @property
+    def is_lines_of_text(self) -> bool:
+        """Whether it is plain text without keys."""
+        return streams.plain_name(self.name).endswith(".txt")
+
+
+def find_inputs(patterns: Iterable[str]) -> list[Input]:
+    """What paths, glob patterns and folders name, in order; the matches of one pattern or folder are sorted.
 
     Raises:
-        DataError: a pattern matches nothing, or names something that is not a file.
+        DataError: a pattern matches nothing, a folder holds no input, or an ending is not known.
     """
-    files: list[Path] = []
+    found: list[Input] = []
     for pattern in patterns:
+        if streams.is_remote(pattern):
+            found += [_file(name) for name in streams.expand(pattern)]
+            continue
         # Path.glob takes no absolute patterns, which is what people give.
-        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-        if not found:
+        names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+        if names:
+            for name in names:
+                found += _folder(Path(name)) if Path(name).is_dir() else [_file(name)]
+        elif _HUB_NAME.fullmatch(pattern) and not streams.plain_name(pattern).endswith(
+            (*_TEXT_ENDINGS, *tables.ENDINGS)
+        ):
+            found.append(Input(pattern, "hub", 0))
+        else:
             raise DataError(f"--input {pattern}: no such file, and no file matches it as a pattern")
-        for path in map(Path, found):
-            if not path.is_file():
-                raise DataError(f"--input {path} is not a file; for a folder give a pattern such as '{path}/*'")
-            files.append(path)
-    return files
+    return found
 
 
-def read_chunks(file: Path, *, text_unit: Literal["line", "file"]) -> Iterator[Chunk]:
-    """Cut a file, plain or gzip, into chunks at line ends.
+def _file(name: str) -> Input:
+    form: Literal["text", "table"] = "table" if tables.is_table(name) else "text"
+    return Input(name, form, streams.size(name))
 
-    Files named .txt or .txt.gz hold one document per line, or are one document with `text_unit="file"`; all others
-    hold one JSON object per line. Only a line longer than a chunk makes a chunk larger than `CHUNK_BYTES`.
+
+def _folder(folder: Path) -> list[Input]:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return [Input(str(folder), "saved", sum(file.stat().st_size for file in folder.rglob("*.arrow")))]
+    endings = (*_TEXT_ENDINGS, *tables.ENDINGS)
+    files = sorted(file for file in folder.rglob("*") if streams.plain_name(file.name).endswith(endings))
+    if not files:
+        raise DataError(f"--input {folder} is a folder without any of {', '.join(f'*{ending}' for ending in endings)}")
+    return [_file(str(file)) for file in files]
+
+
+def read_chunks(
+    source: Input, number: int, *, text_unit: Literal["line", "file"], start: Place | None = None
+) -> Iterator[Chunk]:
+    """Cut an input into chunks at the ends of records, from a place on.
+
+    Files named .txt hold one document per line, or are one document with `text_unit="file"`; tables become one JSON
+    object per row; all others hold one JSON object per line, or are one JSON array. Compression is recognised by the
+    first bytes. Only a record longer than a chunk makes a chunk larger than `CHUNK_BYTES`.
 
     Raises:
-        DataError: the file cannot be read, or is a damaged .gz.
+        DataError: the input cannot be read, or is damaged.
     """
-    kind = _kind(file, text_unit)
-    line, consumed = 1, 0
+    start = start or Place(number=number)
+    if source.form != "text":
+        yield from _row_chunks(source, start)
+        return
+    kind: RecordKind = text_unit if source.is_lines_of_text else "json"
+    line, consumed = start.line, 0
     try:
-        with file.open("rb") as raw, _decompressed(raw) as stream:
+        with streams.open_input(source.name) as raw, streams.decompressed(raw, source.name) as stream:
+            if kind == "json" and tables.is_array(stream):
+                yield from _row_chunks(source, start)
+                return
+            stream.seek(start.offset)
+            offset = start.offset
             while data := _read_piece(stream, whole=kind == "file"):
-                if line == 1 and kind == "json" and data.lstrip()[:1] == b"[":
-                    raise DataError(
-                        f"{file} is one JSON array; write one object per line instead (jq -c '.[]' {file} > {file}l)"
-                    )
+                offset += len(data)
+                first, line = line + 1, line + data.count(b"\n")
                 position = raw.tell()
-                yield Chunk(source=str(file), first_line=line, kind=kind, data=data, consumed=position - consumed)
-                line, consumed = line + data.count(b"\n"), position
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read to its end, near line {line}: {error}") from error
+                yield Chunk(
+                    source=source.name,
+                    first_line=first,
+                    kind=kind,
+                    data=data,
+                    consumed=position - consumed,
+                    end=Place(number=start.number, offset=offset, line=line),
+                )
+                consumed = position
+    except streams.READ_ERRORS as error:
+        raise DataError(f"{source.name} cannot be read to its end, near line {line + 1}: {error}") from error
 
 
-def _kind(file: Path, text_unit: Literal["line", "file"]) -> RecordKind:
-    name = file.name.lower().removesuffix(".gz")
-    return text_unit if name.endswith(".txt") else "json"
-
-
-def _decompressed(raw: BinaryIO) -> BinaryIO:
-    magic = raw.read(len(_GZIP_MAGIC))
-    raw.seek(0)
-    return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if magic == _GZIP_MAGIC else raw
+def _row_chunks(source: Input, start: Place) -> Iterator[Chunk]:
+    row = start.offset
+    try:
+        for data, rows, consumed in tables.read_rows(source.name, source.form, start.offset, CHUNK_BYTES):
+            row += rows
+            yield Chunk(
+                source=source.name,
+                first_line=row - rows + 1,
+                kind="json",
+                data=data,
+                consumed=consumed,
+                end=Place(number=start.number, offset=row, line=row),
+            )
+    except streams.READ_ERRORS as error:
+        raise DataError(f"{source.name} cannot be read to its end, near row {row + 1}: {error}") from error
 
 
 def _read_piece(stream: BinaryIO, *, whole: bool) -> bytes:
