@@ -179,6 +179,13 @@ def deepspeed_has_its_flag(deepspeed: bool, deepspeed_config: str | None) -> str
     return None
 
 
+def deepspeed_keeps_to_itself(deepspeed: bool, no_save_optim: bool | None, log_num_zeros_in_grad: bool) -> str | None:
+    """DeepSpeed writes its optimizer into every checkpoint and has no gradients left to look at after a step."""
+    flags = {"--no-save-optim": no_save_optim, "--log-num-zeros-in-grad": log_num_zeros_in_grad}
+    asked = [flag for flag, value in flags.items() if value]
+    return f"{', '.join(asked)}: only with the native engine, without --deepspeed" if deepspeed and asked else None
+
+
 def hybrid_sharding_divides(
     num_distributed_optimizer_instances: int, data_parallel_size: int, zero_stage_native: int, deepspeed: bool
 ) -> str | None:
@@ -317,6 +324,7 @@ RULES: tuple[Rule, ...] = (
     gradients_have_one_format,
     deepspeed_shards_bfloat16,
     deepspeed_has_its_flag,
+    deepspeed_keeps_to_itself,
     hybrid_sharding_divides,
     recomputation_is_complete,
     recomputed_layers_exist,

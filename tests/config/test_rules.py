@@ -224,6 +224,12 @@ TABLE = [
     ),
     (R.deepspeed_shards_bfloat16, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: 1, 2 or 3"),
     (
+        R.deepspeed_keeps_to_itself,
+        "--deepspeed --no-save-optim --log-num-zeros-in-grad",
+        "",
+        "--no-save-optim, --log-num-zeros-in-grad: without --deepspeed",
+    ),
+    (
         R.deepspeed_has_its_flag,
         "--deepspeed_config /none.json",
         "",
