@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +42,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     Raises:
         ValueError: the device, an implementation or the collective backend that was asked for is not to be had.
     """
+    _quiet_dependencies()
     accelerator = select(config.device.device)
     backend = _backend(config, accelerator)
     ops, op_lines = build_table(accelerator, asked_implementations(config, accelerator))
@@ -73,6 +75,12 @@ def _backend(config: RunConfig, accelerator: Accelerator) -> str:
             f"{accelerator.collective_backend}; leave the flag out"
         )
     return accelerator.collective_backend
+
+
+def _quiet_dependencies() -> None:
+    """torch 2.13 renames two collectives; FSDP2 and DeepSpeed still call the old names, once per rank and call site."""
+    names = "all_gather_into_tensor|reduce_scatter_tensor"
+    warnings.filterwarnings("ignore", message=f".*torch.distributed.({names}).* is deprecated", category=FutureWarning)
 
 
 def _join(backend: str, env: Mapping[str, str], timeout: timedelta) -> None:
