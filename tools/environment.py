@@ -153,6 +153,7 @@ def _own_environment(extras: frozenset[str]) -> str:
     install = [python, "-m", "pip", "install", "--quiet", "--no-input", "--constraint", str(constraints)]
     _run([*install, "--editable", target], "pip install")
     stamp.write_text(json.dumps({"inputs": inputs, "extras": sorted(extras)}))
+    _mark_built(described[2])  # an editable install builds in place
     return python
 
 
@@ -162,14 +163,26 @@ def _build_in_place(python: str) -> None:
     if described is None:
         raise EnvironmentProblem(f"{python} does not run")
     _, include, suffix = described
-    inputs = fingerprint([ROOT / "setup.py", *(ROOT / "csrc").glob("*")])
-    stamp = ROOT / "build" / f"extension{suffix}.json"
-    if (ROOT / "megatron" / "data" / f"_index_builder{suffix}").exists() and is_fresh(stamp, inputs, frozenset()):
+    built = ROOT / "megatron" / "data" / f"_index_builder{suffix}"
+    if built.exists() and is_fresh(_extension_stamp(suffix), _extension_inputs(), frozenset()):
         return
     _require_compiler(include)
     _run([python, "setup.py", "--quiet", "build_ext", "--inplace", "--force"], "building csrc/")
+    _mark_built(suffix)
+
+
+def _extension_stamp(suffix: str) -> Path:
+    return ROOT / "build" / f"extension{suffix}.json"
+
+
+def _extension_inputs() -> str:
+    return fingerprint([ROOT / "setup.py", *(ROOT / "csrc").glob("*")])
+
+
+def _mark_built(suffix: str) -> None:
+    stamp = _extension_stamp(suffix)
     stamp.parent.mkdir(exist_ok=True)
-    stamp.write_text(json.dumps({"inputs": inputs, "extras": []}))
+    stamp.write_text(json.dumps({"inputs": _extension_inputs(), "extras": []}))
 
 
 def prepare(extras: frozenset[str]) -> str:

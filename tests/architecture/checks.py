@@ -260,6 +260,23 @@ def _leaves_out(node: ast.AST) -> bool:
     return known and ast.unparse(node) in _NEEDS_REASON
 
 
+def unordered_cases(source: Source) -> list[str]:
+    """Tests parametrized over a set: its order differs between the processes that share the test run."""
+    return [
+        f"{source.at(node)} parametrizes over a set; sort it"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parametrize"
+        if len(node.args) > 1 and _is_set(node.args[1])
+    ]
+
+
+def _is_set(value: ast.expr) -> bool:
+    if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Sub, ast.BitAnd, ast.BitOr)):
+        return _is_set(value.left) or _is_set(value.right)
+    called = value.func if isinstance(value, ast.Call) else None
+    return isinstance(value, (ast.Set, ast.SetComp)) or getattr(called, "id", "") in ("set", "frozenset")
+
+
 def private_paths(source: Source) -> list[str]:
     """Words that belong to a machine or to how the work was organised rather than to the project."""
     private = re.compile(
@@ -309,4 +326,5 @@ FILE_CHECKS: tuple[Callable[[Source], list[str]], ...] = (
     vendor_imports,
     sizes,
     silent_skips,
+    unordered_cases,
 )

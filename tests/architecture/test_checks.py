@@ -34,6 +34,8 @@ CASES = [
     (checks.silent_skips, "tests/a.py", "pytest.skip()", "pytest.skip('no GPU')"),
     (checks.silent_skips, "tests/a.py", "@pytest.mark.skip\ndef f(): ...", "@pytest.mark.gpu\ndef f(): ..."),
     (checks.silent_skips, "tests/a.py", "pytest.mark.skipif(True)", "pytest.mark.skipif(True, reason='no GPU')"),
+    (checks.unordered_cases, "tests/a.py", "m.parametrize('a', D.keys() - {1})", "m.parametrize('a', D.keys())"),
+    (checks.unordered_cases, "tests/a.py", "m.parametrize('a', set(D))", "m.parametrize('a', sorted(set(D)))"),
     (checks.private_paths, "docs/a.md", "see /" + "work/main", "see /home/work/main"),
     (checks.private_paths, "docs/a.md", "pip install --extra-" + "index-url x", "pip install x"),
 ]
