@@ -35,6 +35,15 @@ class DataConfig:
     )
     reset_position_ids: bool = option(False, "Positions start again after an end-of-document token.")
     reset_attention_mask: bool = option(False, "Attention does not cross an end-of-document token.")
+    is_instruction_dataset: bool = option(
+        False, "The data paths are prefixes of instruction data: only answers are learned."
+    )
+    neat_pack: bool = option(
+        False, "With instruction data: several examples share a sample, and do not see each other."
+    )
+    variable_seq_lengths: bool = option(
+        False, "With instruction data: pad to the longest sample of a micro-batch, not to --seq-length."
+    )
     eod_mask_loss: bool = option(False, "No loss for end-of-document tokens.")
     train_data_exact_num_epochs: int | None = option(
         None, "Build the training samples from exactly this number of epochs.", minimum=1

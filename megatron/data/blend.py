@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from megatron.data.errors import DataError
 from megatron.data.index_cache import IndexCache, load_array
-from megatron.data.indexed_dataset import Tokens
 from megatron.data.native import index_builder
 
 SPLITS = ("train", "valid", "test")
@@ -88,11 +87,11 @@ def dataset_sizes(weights: Sequence[float], num_samples: int, surplus: float) ->
 
 
 class Samples(Protocol):
-    """Something that has samples of `seq_length + 1` tokens."""
+    """Something that has samples: `seq_length + 1` tokens each, or instruction samples."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tokens: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class BlendedDataset:
@@ -114,8 +113,8 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: int) -> Tokens:
-        """Sample `index` of the mixture, [s + 1] int64."""
+    def __getitem__(self, index: int) -> Any:
+        """Sample `index` of the mixture."""
         dataset = self.datasets[int(self._numbers[index])]
         return dataset[int(self._samples[index])]
 

@@ -22,6 +22,7 @@ from megatron.data.errors import DataError
 from megatron.data.gpt_dataset import GPTDataset, SampleRequest
 from megatron.data.index_cache import IndexCache
 from megatron.data.indexed_dataset import IndexedDataset, TokenSource
+from megatron.data.instruction import InstructionDataset, InstructionRequest, InstructionSource
 from megatron.data.settings import DataSettings, SampleCounts
 
 _WHOLE = (0.0, 1.0)
@@ -66,7 +67,7 @@ class _Builder:
         self.vocab_size = vocab_size
         self.eod = eod
         self.report = report
-        self.sources: dict[str, TokenSource] = {}
+        self.sources: dict[str, TokenSource | InstructionSource] = {}
 
     def split(self, number: int, wanted: int | None) -> Samples | None:
         """The dataset of one split, with at least `wanted` samples."""
@@ -102,9 +103,11 @@ class _Builder:
             folder = Path(blend.prefixes[0]).parent / _CACHE_FOLDER
         return None if folder is None else IndexCache(folder=folder, report=self.report)
 
-    def _source(self, prefix: str) -> TokenSource:
+    def _source(self, prefix: str) -> TokenSource | InstructionSource:
         if prefix not in self.sources:
-            if self.settings.mock_data:
+            if self.settings.instruction is not None:
+                self.sources[prefix] = InstructionSource(prefix)
+            elif self.settings.mock_data:
                 self.sources[prefix] = mock.MockSource(self.vocab_size, self.eod)
             else:
                 corpus = IndexedDataset(prefix)
@@ -114,7 +117,7 @@ class _Builder:
 
     def _single(
         self, prefix: str, part: tuple[float, float], wanted: int | None, number: int, cache: IndexCache | None
-    ) -> GPTDataset | None:
+    ) -> GPTDataset | InstructionDataset | None:
         source = self._source(prefix)
         first, last = split_range(part, len(source.lengths))
         if first == last and number > 0:
@@ -143,8 +146,16 @@ class _Builder:
         return blend_by_weight(datasets, weights, sum(target), cache)
 
     def _samples(
-        self, source: TokenSource, first: int, last: int, size: int | None, number: int, cache: IndexCache | None
-    ) -> GPTDataset:
+        self,
+        source: TokenSource | InstructionSource,
+        first: int,
+        last: int,
+        size: int | None,
+        number: int,
+        cache: IndexCache | None,
+    ) -> GPTDataset | InstructionDataset:
+        if isinstance(source, InstructionSource):
+            return self._instruction_samples(source, first, last, size, cache)
         request = SampleRequest(
             first=first,
             last=last,
@@ -154,3 +165,17 @@ class _Builder:
             exact_epochs=self.settings.train_data_exact_num_epochs if number == 0 else None,
         )
         return GPTDataset(source, request, vocab_size=self.vocab_size, cache=cache)
+
+    def _instruction_samples(
+        self, source: InstructionSource, first: int, last: int, size: int | None, cache: IndexCache | None
+    ) -> InstructionDataset:
+        rules = self.settings.instruction
+        request = InstructionRequest(
+            first=first,
+            last=last,
+            num_samples=size,
+            seq_length=self.settings.seq_length,
+            seed=self.settings.seed,
+            pack=rules is not None and rules.pack,
+        )
+        return InstructionDataset(source, request, vocab_size=self.vocab_size, cache=cache, report=self.report)

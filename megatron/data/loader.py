@@ -15,7 +15,7 @@ from megatron.data.batch import Batch, MaskRules, make_batch, mix_seed
 from megatron.data.blend import Samples
 from megatron.data.datasets import build_datasets
 from megatron.data.errors import DataError
-from megatron.data.indexed_dataset import Tokens
+from megatron.data.instruction import InstructionRules, instruction_batch
 from megatron.data.samplers import PADDING, CyclicSampler, SampleRef, SequentialSampler, ShardedCyclicSampler, Share
 from megatron.data.settings import DataSettings, SampleCounts
 
@@ -31,6 +31,8 @@ class LoaderOptions:
         seed: of the run; dropout seeds derive from it.
         num_workers: processes that read ahead; 0 reads in this process.
         pin_memory: page-locked batches, where the device copies from them faster.
+        instruction: how samples of instruction data are filled up to `seq_length`; None for pretraining data.
+        seq_length: see `instruction`.
     """
 
     share: Share
@@ -38,6 +40,8 @@ class LoaderOptions:
     seed: int
     num_workers: int = 0
     pin_memory: bool = False
+    instruction: InstructionRules | None = None
+    seq_length: int = 0
 
 
 class BatchStream:
@@ -118,7 +122,13 @@ def build_data_iterators(
         eod_mask_loss=settings.eod_mask_loss,
     )
     options = LoaderOptions(
-        share=share, rules=rules, seed=settings.seed, num_workers=settings.num_workers, pin_memory=pin_memory
+        share=share,
+        rules=rules,
+        seed=settings.seed,
+        num_workers=settings.num_workers,
+        pin_memory=pin_memory,
+        instruction=settings.instruction,
+        seq_length=settings.seq_length,
     )
     with _Agreement(device):
         datasets = build_datasets(settings, counts, vocab_size=vocab_size, eod=eod, report=report)
@@ -179,19 +189,22 @@ class _Positioned:
 
     dataset: Samples
 
-    def __getitem__(self, ref: SampleRef) -> tuple[SampleRef, Tokens]:
+    def __getitem__(self, ref: SampleRef) -> tuple[SampleRef, Any]:
         return ref, self.dataset[0 if ref.index == PADDING else ref.index]
 
 
 @dataclass(frozen=True)
 class _Collate:
-    rules: MaskRules
-    seed: int
+    options: LoaderOptions
 
-    def __call__(self, items: Sequence[tuple[SampleRef, Tokens]]) -> Batch:
-        samples = np.stack([tokens for _, tokens in items])
+    def __call__(self, items: Sequence[tuple[SampleRef, Any]]) -> Batch:
+        options = self.options
+        samples = [sample for _, sample in items]
         real = np.array([ref.index != PADDING for ref, _ in items])
-        return make_batch(samples, real, self.rules, mix_seed(self.seed, items[0][0].position))
+        seed = mix_seed(options.seed, items[0][0].position)
+        if options.instruction is not None:
+            return instruction_batch(samples, real, options.instruction, options.seq_length, seed)
+        return make_batch(np.stack(samples), real, options.rules, seed)
 
 
 def _loader(dataset: Samples, sampler: _Sampler, options: LoaderOptions) -> DataLoader[Any]:
@@ -200,7 +213,7 @@ def _loader(dataset: Samples, sampler: _Sampler, options: LoaderOptions) -> Data
     return DataLoader(
         positioned,
         batch_sampler=batches,
-        collate_fn=_Collate(options.rules, options.seed),
+        collate_fn=_Collate(options),
         num_workers=options.num_workers,
         pin_memory=options.pin_memory,
         worker_init_fn=_one_thread if options.num_workers else None,

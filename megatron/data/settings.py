@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.data.errors import DataError
+from megatron.data.instruction import InstructionRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class DataSettings:
     data_sharding: bool = False
     """With cyclic: Megatron's order per rank, which depends on the layout. Off, the order never does."""
     num_workers: int = 2
+    instruction: InstructionRules | None = None
+    """The paths are prefixes of instruction data (--is-instruction-dataset)."""
 
     def __post_init__(self) -> None:
         parts = self.per_split_paths
@@ -51,6 +54,15 @@ class DataSettings:
             )
         if any(parts) and not self.train_data_path:
             raise DataError("--valid-data-path and --test-data-path go with --train-data-path, which is missing.")
+        if self.instruction is not None and self.mock_data:
+            raise DataError("--is-instruction-dataset needs data with answers; --mock-data has none.")
+        if self.instruction is not None and (
+            self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss
+        ):
+            raise DataError(
+                "--reset-position-ids, --reset-attention-mask and --eod-mask-loss are for pretraining data; examples "
+                "of --is-instruction-dataset are kept apart by --neat-pack, and their labels say what is learned."
+            )
         if self.seq_length < 1:
             raise DataError(f"--seq-length is {self.seq_length}; it must be at least 1.")
         if self.mid_level_dataset_surplus < 0:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron.config.run import RunConfig
+from megatron.data.errors import DataError
+from megatron.data.instruction import InstructionRules
 from megatron.data.loader import Consumed, DataIterators, build_data_iterators
 from megatron.data.samplers import Share
 from megatron.data.settings import (
@@ -27,7 +30,7 @@ def build_data(
     groups = session.groups
     share = Share(rank=groups.dp.rank, size=groups.dp.size, micro_batch_size=config.training.micro_batch_size)
     return build_data_iterators(
-        data_settings(config),
+        data_settings(config, tokenizer.eod if tokenizer.pad is None else tokenizer.pad),
         counts(config),
         share=share,
         vocab_size=tokenizer.vocab_size,
@@ -39,9 +42,15 @@ def build_data(
     )
 
 
-def data_settings(config: RunConfig) -> DataSettings:
-    """What the flags say about the data."""
+def data_settings(config: RunConfig, pad: int) -> DataSettings:
+    """What the flags say about the data; `pad` is the token that fills samples of instruction data up.
+
+    Raises:
+        DataError: flags that contradict each other.
+    """
     data = config.data
+    if (data.neat_pack or data.variable_seq_lengths) and not data.is_instruction_dataset:
+        raise DataError("--neat-pack and --variable-seq-lengths go with --is-instruction-dataset, which is missing.")
     paths = data.data_path or ()
     parts = (data.train_data_path or (), data.valid_data_path or (), data.test_data_path or ())
     if data.data_args_path is not None:
@@ -64,6 +73,22 @@ def data_settings(config: RunConfig) -> DataSettings:
         eod_mask_loss=data.eod_mask_loss,
         dataloader_type=data.dataloader_type,
         num_workers=data.num_workers,
+        instruction=instruction_rules(config, pad) if data.is_instruction_dataset else None,
+    )
+
+
+def instruction_rules(config: RunConfig, pad: int) -> InstructionRules:
+    """What the flags say about instruction data."""
+    parallel = config.parallel
+    split = parallel.pipeline_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    if config.data.variable_seq_lengths and split:
+        raise DataError(
+            "--variable-seq-lengths needs --pipeline-model-parallel-size 1 and --context-parallel-size 1: stages and "
+            "parts of a sequence agree on its length beforehand. Leave it out; --neat-pack leaves little padding."
+        )
+    multiple = math.lcm(8, parallel.tensor_model_parallel_size)
+    return InstructionRules(
+        pad=pad, pack=config.data.neat_pack, pad_to_longest=config.data.variable_seq_lengths, multiple=multiple
     )
 
 

@@ -27,6 +27,12 @@ CHAT = [
     {"role": "user", "content": "More?"},
     {"role": "assistant", "content": "No."},
 ]
+MOSS = {
+    "chat": {
+        "turn_1": {"Human": "<|Human|>: a<eoh>\n", "MOSS": "<|MOSS|>: b<eom>\n"},
+        "turn_2": {"Human": "<|Human|>: c<eoh>\n", "MOSS": "<|MOSS|>: d<eom>\n"},
+    }
+}
 RECORDS: dict[str, dict[str, Any]] = {
     "AlpacaPretrainHandler": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "StackOverflowPythonPretrainHandler": {"title": "How?", "question_body": "Q", "answer_body": "A"},
@@ -35,12 +41,8 @@ RECORDS: dict[str, dict[str, Any]] = {
         "instruction": "Human: a\nAssistant: b\nHuman: c\nAssistant:",
         "output": "d",
     },
-    "MOSSInstructionHandler": {
-        "chat": {
-            "turn_1": {"Human": "<|Human|>: a<eoh>\n", "MOSS": "<|MOSS|>: b<eom>\n"},
-            "turn_2": {"Human": "<|Human|>: c<eoh>\n", "MOSS": "<|MOSS|>: d<eom>\n"},
-        }
-    },
+    "MOSSInstructionHandler": MOSS,
+    "MOSSMultiTurnHandler": MOSS,
     "LeetcodePythonInstructionHandler": {
         "code_with_problem": "Sort it.\n```python\nx\n```",
         "code_only": "sorted(x)",
@@ -49,7 +51,6 @@ RECORDS: dict[str, dict[str, Any]] = {
     "PromptCompletionHandler": {"prompt": "a b", "completion": " c"},
     "ChatHandler": {"messages": CHAT},
 }
-RECORDS["MOSSMultiTurnHandler"] = RECORDS["MOSSInstructionHandler"]
 SYSTEM = (
     "\nBelow is an instruction that describes a task, paired with an input that provides further context. Write a "
     "response that appropriately completes the request. Please note that you need to think through your response "
