@@ -7,11 +7,11 @@ import argparse
 from megatron.tokenizer.settings import TokenizerSettings
 
 
-def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add Megatron's tokenizer flags and their AscendSpeed and BLOOM spellings to a parser."""
     group = parser.add_argument_group("tokenizer")
     # The type is checked by build_tokenizer, which names the nearest known one.
-    group.add_argument("--tokenizer-type", required=True, help="kind of tokenizer, such as HuggingFaceTokenizer")
+    group.add_argument("--tokenizer-type", required=required, help="kind of tokenizer, such as HuggingFaceTokenizer")
     group.add_argument(
         "--tokenizer-model", "--tokenizer-name-or-path", help="model file, Hugging Face folder or cached model name"
     )
