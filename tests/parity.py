@@ -47,13 +47,20 @@ TRAINING = (
 )
 
 
+NATIVE = {f"native stage {stage}": ("--zero-stage", str(stage)) for stage in (0, 1, 2, 3)}
+DEEPSPEED = {f"DeepSpeed ZeRO-{stage}": ("--deepspeed", "--zero-stage", str(stage)) for stage in (0, 1, 2, 3)}
+ENGINES = {**NATIVE, **DEEPSPEED}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """One way to train the model."""
+    """One way to train a model."""
 
     name: str
     ranks: int
     flags: tuple[str, ...] = ()
+    engines: tuple[str, ...] = tuple(ENGINES)
+    model: tuple[str, ...] = MODEL
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Curve:
 
 
 _TENSOR = ("--tensor-model-parallel-size",)
-LAYOUTS = (
+SHALLOW = (
     Layout("1 process", 1),
     Layout("TP2", 2, (*_TENSOR, "2")),
     Layout("TP2 SP", 2, (*_TENSOR, "2", "--sequence-parallel")),
@@ -73,9 +80,43 @@ LAYOUTS = (
     Layout("DP2", 2),
     Layout("TP2 DP2", 4, (*_TENSOR, "2")),
 )
-NATIVE = {f"native stage {stage}": ("--zero-stage", str(stage)) for stage in (0, 1, 2, 3)}
-DEEPSPEED = {f"DeepSpeed ZeRO-{stage}": ("--deepspeed", "--zero-stage", str(stage)) for stage in (0, 1, 2, 3)}
-ENGINES = {**NATIVE, **DEEPSPEED}
+DEEP = (*MODEL, "--num-layers", "4")
+TIED = tuple(word for word in DEEP if word != "--untie-embeddings-and-output-weights")
+
+
+def _pipeline(
+    name: str, ranks: int, *flags: str, size: int = 2, stages: tuple[int, ...] = (1,), tied: bool = False
+) -> Layout:
+    """A pipeline with the native engine at some of its stages of sharding."""
+    words = ("--pipeline-model-parallel-size", str(size), *flags)
+    return Layout(name, ranks, words, tuple(f"native stage {stage}" for stage in stages), TIED if tied else DEEP)
+
+
+_SCHEDULE, _VIRTUAL = "--pipeline-schedule", ("--num-virtual-stages-per-pipeline-rank", "2")
+_LAYOUT = "--pipeline-model-parallel-layout"
+PIPELINES = (
+    _pipeline("PP2 gpipe", 2, _SCHEDULE, "gpipe"),
+    _pipeline("PP2 1f1b", 2),
+    _pipeline("PP2 interleaved", 2, *_VIRTUAL),
+    _pipeline("PP2 zero-bubble", 2, _SCHEDULE, "zero-bubble"),
+    _pipeline("PP2 zero-bubble, 2 stages per rank", 2, _SCHEDULE, "zero-bubble", *_VIRTUAL),
+    _pipeline("PP2 zbv", 2, _SCHEDULE, "zbv"),
+    _pipeline("PP4 1f1b", 4, size=4),
+    _pipeline("PP4 zero-bubble", 4, _SCHEDULE, "zero-bubble", size=4),
+    _pipeline("PP4 uneven, layers alone in the middle", 4, _LAYOUT, "E|ttt|t|L", size=4),
+    _pipeline("PP2 DP2 1f1b", 4, stages=(0, 1, 2, 3)),
+    _pipeline("PP2 DP2 interleaved", 4, *_VIRTUAL, stages=(0, 1, 2, 3)),
+    _pipeline("PP2 DP2 zbv", 4, _SCHEDULE, "zbv", stages=(0, 1)),
+    _pipeline("PP2 TP2 SP 1f1b", 4, *_TENSOR, "2", "--sequence-parallel"),
+    _pipeline("PP2 TP2 SP zbv", 4, *_TENSOR, "2", "--sequence-parallel", _SCHEDULE, "zbv"),
+    _pipeline("PP2 1f1b, recomputed", 2, "--recompute-granularity", "full"),
+    _pipeline("PP2 zero-bubble, recomputed", 2, "--recompute-granularity", "full", _SCHEDULE, "zero-bubble"),
+    _pipeline("PP2 zbv, recomputed", 2, "--recompute-granularity", "selective", _SCHEDULE, "zbv"),
+    _pipeline("PP4 1f1b, tied embeddings", 4, size=4, tied=True),
+    _pipeline("PP2 DP2 interleaved, tied embeddings", 4, *_VIRTUAL, stages=(1, 3), tied=True),
+    _pipeline("PP2 DP2 zbv, tied embeddings", 4, _SCHEDULE, "zbv", stages=(0, 1), tied=True),
+)
+LAYOUTS = (*SHALLOW, *PIPELINES)
 
 
 def train(argv: Sequence[str]) -> None:
@@ -98,7 +139,7 @@ def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"
-        argv = [*MODEL, *TRAINING, "--mock-data", "--train-iters", str(STEPS), "--exit-interval", str(steps)]
+        argv = [*layout.model, *TRAINING, "--mock-data", "--train-iters", str(STEPS), "--exit-interval", str(steps)]
         argv += ["--log-json", str(metrics), *layout.flags, *flags]
         run_ranks(layout.ranks, train, argv, init=False, timeout=timeout)
         records = [record for record in read_metrics(metrics) if record["kind"] == "train"]
@@ -107,19 +148,24 @@ def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout
     return Curve(tuple(r["lm_loss"] for r in records), tuple(r["grad_norm"] for r in records))
 
 
+def one_process(model: tuple[str, ...], steps: int = STEPS) -> Curve:
+    """Train a model in one process: what every layout is compared with."""
+    return curve(Layout("1 process", 1, model=model), steps=steps)
+
+
 def difference(found: Sequence[float], expected: Sequence[float]) -> float:
     """Largest relative difference."""
     return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in zip(found, expected, strict=True))
 
 
-def matrix(layouts: Sequence[Layout], engines: dict[str, tuple[str, ...]]) -> list[str]:
+def matrix(layouts: Sequence[Layout]) -> list[str]:
     """Rows of a Markdown table: largest relative difference of loss and gradient norm from one process."""
-    plain = curve(LAYOUTS[0])
+    plain = {model: one_process(model) for model in dict.fromkeys(layout.model for layout in layouts)}
     rows = ["| layout | ranks | engine | loss | gradient norm |", "|---|---|---|---|---|"]
     for layout in layouts:
-        for engine, flags in engines.items():
-            found = curve(layout, flags)
-            loss, norm = difference(found.losses, plain.losses), difference(found.norms, plain.norms)
+        for engine in layout.engines:
+            found, expected = curve(layout, ENGINES[engine]), plain[layout.model]
+            loss, norm = difference(found.losses, expected.losses), difference(found.norms, expected.norms)
             rows.append(f"| {layout.name} | {layout.ranks} | {engine} | {loss:.1e} | {norm:.1e} |")
             sys.stderr.write(rows[-1] + "\n")
     return rows
@@ -127,10 +173,10 @@ def matrix(layouts: Sequence[Layout], engines: dict[str, tuple[str, ...]]) -> li
 
 HEADING = f"""# Every layout gives the same numbers
 
-Written by `python -m tests.parity --write docs/parity.md`: a two-layer LLaMA with grouped-query attention, document
-masks and masked losses, float32 on the CPU, {STEPS} steps of AdamW with clipping and gradient accumulation. The
-figures are the largest relative difference of any step's loss and gradient norm from the one-process native run; the
-tests demand at most {FLOAT32_TOLERANCE:.0e}.
+Written by `python -m tests.parity --write docs/parity.md`: a LLaMA of two layers (four with a pipeline) with
+grouped-query attention, document masks and masked losses, float32 on the CPU, {STEPS} steps of AdamW with clipping and
+gradient accumulation. The figures are the largest relative difference of any step's loss and gradient norm from the
+one-process native run; the tests demand at most {FLOAT32_TOLERANCE:.0e}.
 """
 
 
@@ -139,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, required=True, help="Markdown file")
     arguments = parser.parse_args()
-    arguments.write.write_text("\n".join([HEADING, *matrix(LAYOUTS, ENGINES), ""]), encoding="utf-8")
+    arguments.write.write_text("\n".join([HEADING, *matrix(LAYOUTS), ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

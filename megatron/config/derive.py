@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.config import pipeline
 from megatron.config.architecture import Architecture, Position, RopeScaling
 from megatron.config.presets import PRESETS
 
@@ -29,7 +30,7 @@ def derive(settings: Settings, given: frozenset[str]) -> tuple[dict[str, Any], l
         All settings, and one line for the start-up log per given setting that has no effect here.
     """
     complete = dict(settings)
-    for step in (_layout, _sizes, _activation, _precision, _batch, _length, _small):
+    for step in (_layout, _pipeline, _sizes, _activation, _precision, _batch, _length, _small):
         complete |= {name: value for name, value in step(complete).items() if value is not None}
     complete["zero_stage_native"] = complete["zero_stage"] if "zero_stage" in given else 0
     if "distributed_backend" not in given:
@@ -44,6 +45,20 @@ def _layout(s: Settings) -> Changes:
         model_ranks *= s[name]
     model_ranks *= s["ds_sequence_parallel_size"]
     return {"data_parallel_size": max(1, s["world_size"] // model_ranks)}
+
+
+def _pipeline(s: Settings) -> Changes:
+    if s["num_layers"] is None:
+        return {}
+    try:
+        found = pipeline.split(s)
+    except pipeline.PipelineError:
+        return {}
+    return {
+        "pipeline_schedule": found.schedule,
+        "virtual_pipeline_model_parallel_size": found.chunks,
+        "pipeline_stage_layers": found.layers,
+    }
 
 
 def _sizes(s: Settings) -> Changes:

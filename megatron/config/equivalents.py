@@ -74,6 +74,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     _value("--checkpoint-num-layers", "int", 1, "recompute_num_layers"),
     _switch("--dataloader-inter-document-masking", reset_attention_mask=True),
     _switch("--full-validation", eval_iters=-1),
+    _switch("--enable-zbh1-pipeline", pipeline_schedule="zero-bubble"),
     _switch("--use-distributed-optimizer", yields=True, zero_stage=1),
     _switch("--use-torch-fsdp2", zero_stage=3),
     _switch("--use-flash-attn", "--use-flash-attn-v1", dest="use_flash_attn_v1", attention_backend="flash"),

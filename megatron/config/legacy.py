@@ -57,6 +57,7 @@ _DESTS = {
     "--no-gradient-accumulation-fusion": "gradient_accumulation_fusion",
     "--no-initialization": "perform_initialization",
     "--no-contiguous-buffers-in-local-ddp": "use_contiguous_buffers_in_local_ddp",
+    "--overlap-p2p-communication": "overlap_p2p_comm",
     "--no-scatter-gather-tensors-in-pipeline": "scatter_gather_tensors_in_pipeline",
     "--no-data-sharding": "data_sharding",
     "--no-rope-fusion": "apply_rope_fusion",
@@ -109,6 +110,7 @@ WITHOUT_EFFECT = (
             ("--overlap-param-gather", False),
             ("--no-contiguous-buffers-in-local-ddp", True),
             ("--no-scatter-gather-tensors-in-pipeline", True),
+            ("--overlap-p2p-communication", False),
         ),
     ),
     (
@@ -127,6 +129,7 @@ WITHOUT_EFFECT = (
             ("--te-rng-tracker", False),
         ),
     ),
+    ("gradients are always clipped before the update", (("--enable-zbh1-exact-semantics", False),)),
     ("a pipeline has the stages of --pipeline-model-parallel-size", (("--no-pipeline-parallel", False),)),
     ("the optimizer's kernel is chosen by --op adamw", (("--ds_fused_adam", False),)),
     (

@@ -24,15 +24,36 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "Ranks that share the layers among them (pipeline).", minimum=1)
     context_parallel_size: int = option(1, "Ranks that share every sequence (context parallelism).", minimum=1)
     ds_sequence_parallel_size: int = option(1, "Ranks that share every sequence by heads (Ulysses).", minimum=1)
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"] = resolved(
+        "Order of the work in a pipeline: gpipe or 1f1b for one stage per rank, interleaved for several, zbv for two, "
+        "zero-bubble for any number. Default: 1f1b, or interleaved for several stages per rank."
+    )
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Interleaved pipeline: layers in one virtual stage.", minimum=1
+        None, "Pipeline with several stages per rank: layers of a stage.", minimum=1
     )
-    overlap_p2p_comm: bool = option(
-        False, "Pipeline: send and receive while layers compute.", "--overlap-p2p-communication"
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "Pipeline with several stages per rank: their number.", minimum=1
     )
-    standalone_embedding_stage: bool = option(False, "Pipeline: the embedding is a stage of its own.")
-    enable_zbh1_pipeline: bool = option(False, "Pipeline: zero-bubble schedule ZB-H1.")
-    enable_zbh1_exact_semantics: bool = option(False, "Pipeline: ZB-H1 with gradient clipping before the update.")
+    virtual_pipeline_model_parallel_size: int = derived()  # stages per pipeline rank
+    pipeline_stage_layers: tuple[int, ...] = derived()  # layers of every stage
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "Layers of the first pipeline rank, where the others have equally many.", minimum=0
+    )
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "Layers of the last pipeline rank, where the others have equally many.", minimum=0
+    )
+    standalone_embedding_stage: bool = option(False, "The first pipeline rank has the embedding and no layers.")
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "The embedding counts as a layer where layers are shared equally by the pipeline stages."
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "The loss counts as a layer where layers are shared equally by the pipeline stages."
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "What is in each pipeline stage: E for the embedding, t for a layer, L for the loss, | between stages; t*3 is "
+        "ttt, (t|)*2 is t|t|. Example: Et*3|(t*4|)*6t*3L.",
+    )
     force_ds_sequence_parallel: bool = option(False, "Sequence parallelism by heads even with one rank.")
     ds_sequence_parallel_fpdt: bool = option(False, "Sequence parallelism by heads, in chunks.")
     ds_sequence_parallel_fpdt_chunk_size: int = option(65536, "Size of such a chunk, in tokens.", minimum=1)

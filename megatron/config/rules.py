@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megatron.config import model_rules, run_rules
+from megatron.config import model_rules, pipeline_rules, run_rules
 
 
 class NotYet(NamedTuple):
@@ -24,17 +24,10 @@ class NotYet(NamedTuple):
     feature: str
 
 
-_PIPELINE = "pipeline parallelism"
 _ULYSSES = "sequence parallelism by heads"
 _EXPERTS = "mixtures of experts"
 # To lift a refusal, delete its row.
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet("pipeline_model_parallel_size", 1, _PIPELINE),
-    NotYet("num_layers_per_virtual_pipeline_stage", None, _PIPELINE),
-    NotYet("overlap_p2p_comm", False, _PIPELINE),
-    NotYet("standalone_embedding_stage", False, _PIPELINE),
-    NotYet("enable_zbh1_pipeline", False, _PIPELINE),
-    NotYet("enable_zbh1_exact_semantics", False, _PIPELINE),
     NotYet("context_parallel_size", 1, "context parallelism"),
     NotYet("ds_sequence_parallel_size", 1, _ULYSSES),
     NotYet("force_ds_sequence_parallel", False, _ULYSSES),
@@ -60,7 +53,7 @@ EXPERTS_ONLY = (
 )
 
 
-RULES: tuple[Callable[..., str | None], ...] = model_rules.RULES + run_rules.RULES
+RULES: tuple[Callable[..., str | None], ...] = model_rules.RULES + pipeline_rules.RULES + run_rules.RULES
 
 
 def violations(settings: Mapping[str, Any], given: frozenset[str]) -> Iterator[str]:

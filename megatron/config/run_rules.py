@@ -209,11 +209,9 @@ def recomputation_is_complete(
     return None
 
 
-def recomputed_layers_exist(
-    recompute_num_layers: int, num_layers: int, pipeline_model_parallel_size: int
-) -> str | None:
-    """No stage recomputes more layers than it has."""
-    layers = num_layers // pipeline_model_parallel_size
+def recomputed_layers_exist(recompute_num_layers: int, pipeline_stage_layers: tuple[int, ...]) -> str | None:
+    """Some pipeline stage has as many layers as are recomputed."""
+    layers = max(pipeline_stage_layers)
     if recompute_num_layers > max(layers, 1):
         return f"--recompute-num-layers {recompute_num_layers}: must be at most {layers}, the layers of a stage"
     return None

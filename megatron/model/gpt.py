@@ -18,8 +18,9 @@ from megatron.model.inputs import LayerInputs, ModelInputs
 from megatron.model.norm import Norm
 from megatron.model.rotary import Positions
 from megatron.model.setting import RecomputePlan, Setting
+from megatron.mpu.deferred import DeferredGradients, WeightTask
 from megatron.mpu.groups import ProcessGroups
-from megatron.mpu.layers import ColumnParallelLinear, column_parallel, local
+from megatron.mpu.layers import ColumnParallelLinear, column_linears
 from megatron.ops import Ops
 
 __all__ = ["GPT", "ModelInputs", "RecomputePlan"]
@@ -37,6 +38,7 @@ class GPT(nn.Module):
         first: hold the embedding: the input is token ids.
         last: hold the final norm and the head: the output is logits.
         recompute: activations to recompute in backward.
+        deferred: takes over the gradients of the weights of linear layers, see `mpu.deferred`.
         dtype, device: of the parameters, which are uninitialised (see `model.weights.initialise_parameters`).
 
     Raises:
@@ -54,6 +56,7 @@ class GPT(nn.Module):
         first: bool = True,
         last: bool = True,
         recompute: RecomputePlan | None = None,
+        deferred: DeferredGradients | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -65,10 +68,12 @@ class GPT(nn.Module):
             groups=groups,
             sequence_parallel=sequence_parallel,
             recompute=recompute or RecomputePlan(),
+            deferred=deferred,
             dtype=dtype,
             device=device,
         )
         self._setting, self._first, self._last = setting, first, last
+        self.deferred = deferred
         self._positions = Positions(arch, groups.tp)
         tied_head = last and arch.tied_embeddings
         self.embedding = Embedding(setting, word_only=not first) if first or tied_head else None
@@ -132,15 +137,16 @@ class GPT(nn.Module):
         if self.head is not None:
             return self.head(hidden)
         assert self.embedding is not None
-        setting = self._setting
-        (result,) = column_parallel(
-            hidden,
-            [local(self.embedding.word.weight)],
-            [None],
-            group=setting.groups.tp,
-            sequence_parallel=setting.sequence_parallel,
-        )
+        (result,) = column_linears(hidden, (self.embedding.word,))
         return result
+
+    def weight_gradients(self, tasks: Sequence[WeightTask]) -> Tensor:
+        """A scalar zero whose backward computes weight gradients that were deferred.
+
+        Args:
+            tasks: at least one, collected by `deferred`.
+        """
+        return torch.stack([task.as_zero() for task in tasks]).sum()
 
 
 def _run(blocks: Sequence[nn.Module], hidden: Tensor, inputs: LayerInputs) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from megatron.config.architecture import Architecture
+from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.groups import ProcessGroups
 from megatron.ops import Ops
 
@@ -43,6 +44,7 @@ class Setting:
         groups: this process's groups.
         sequence_parallel: hidden states between layers are split along the sequence over the tensor-parallel ranks.
         recompute: activations to recompute.
+        deferred: takes over the gradients of the weights of linear layers.
         dtype, device: of the parameters.
     """
 
@@ -51,6 +53,7 @@ class Setting:
     groups: ProcessGroups
     sequence_parallel: bool = False
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
+    deferred: DeferredGradients | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
 
@@ -59,6 +62,7 @@ class Setting:
         return {
             "group": self.groups.tp,
             "sequence_parallel": self.sequence_parallel,
+            "deferred": self.deferred,
             "dtype": self.dtype,
             "device": self.device,
         }

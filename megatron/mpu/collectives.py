@@ -74,6 +74,17 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
     return Pending(result, _reduce_scatter_flat(result, x, op=SUM, group=group.handle, async_op=True), x)
 
 
+def start_send(x: Tensor, group: Group, member: int) -> Pending:
+    """Send `x` [...] to another member, in the background. Transfers between two members arrive in order."""
+    x = x.contiguous()
+    return Pending(x, dist.isend(x, dst=group.ranks[member], group=group.handle))
+
+
+def start_receive(buffer: Tensor, group: Group, member: int) -> Pending:
+    """Fill `buffer` [...] with what another member sends, in the background."""
+    return Pending(buffer, dist.irecv(buffer, src=group.ranks[member], group=group.handle))
+
+
 def all_reduce(x: Tensor, group: Group, op: Any = SUM) -> Tensor:
     """Sum (or other `op`) of `x` [...] over the group: a new tensor, or `x` itself in a group of one."""
     return start_all_reduce(x, group, op).wait()

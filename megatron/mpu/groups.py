@@ -70,10 +70,18 @@ class ProcessGroups:
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Sum of `x` [...] over the ranks that hold the same weights: a new tensor, without gradient."""
-        total = x.detach().clone()
-        if self.dp_cp.size > 1:
-            dist.all_reduce(total, group=self.dp_cp.handle)
-        return total
+        return _sum(x, self.dp_cp)
+
+    def sum_over_pipeline(self, x: Tensor) -> Tensor:
+        """Sum of `x` [...] over the pipeline ranks: a new tensor, without gradient."""
+        return _sum(x, self.pp)
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    total = x.detach().clone()
+    if group.size > 1:
+        dist.all_reduce(total, group=group.handle)
+    return total
 
 
 def single_process() -> ProcessGroups:

@@ -12,18 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from megatron.mpu import collectives
+from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.groups import Group
+from megatron.mpu.local import local
 from megatron.mpu.mappings import copy_to_region, reduce_from_region, reduce_scatter_sequence
 from megatron.ops import Ops
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter, differentiable: a DTensor's local tensor, any other tensor itself."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def replicated(parameter: Tensor, group: Group, *, partial_grad: bool) -> Tensor:
@@ -112,6 +108,7 @@ class ColumnParallelLinear(nn.Module):
         bias: whether there is a bias.
         group: the tensor-parallel ranks.
         sequence_parallel: the input is [s/t, b, i] instead of [s, b, i].
+        deferred: takes over the gradient of the weight; None = it is computed in backward.
         dtype, device: of the parameters, uninitialised.
 
     Raises:
@@ -126,11 +123,12 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         group: Group,
         sequence_parallel: bool = False,
+        deferred: DeferredGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel, self.deferred = group, sequence_parallel, deferred
         rows = divide(out_features, group, "output features")
         self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
@@ -140,18 +138,40 @@ class ColumnParallelLinear(nn.Module):
         return column_linears(x, (self,))[0]
 
 
-def column_linears(x: Tensor, layers: Sequence[ColumnParallelLinear], *, skip_bias: bool = False) -> tuple[Tensor, ...]:
+def column_linears(
+    x: Tensor, layers: Sequence[ColumnParallelLinear | VocabParallelEmbedding], *, skip_bias: bool = False
+) -> tuple[Tensor, ...]:
     """Apply several column-parallel layers to one input, gathering it once; see `column_parallel`.
 
     Args:
         x: [s, b, i] or [s/t, b, i].
-        layers: layers of one group, alike in `sequence_parallel`.
+        layers: layers of one group, alike in `sequence_parallel`; or an embedding, used as the head of the model.
         skip_bias: leave the biases out, for a caller that adds them in a fused operation.
     """
-    biases = [None if skip_bias or layer.bias is None else local(layer.bias) for layer in layers]
-    weights = [local(layer.weight) for layer in layers]
     first = layers[0]
-    return column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
+    biases = [None if skip_bias or layer.bias is None else local(layer.bias) for layer in layers]
+    weights = [_weight(layer) for layer in layers]
+    outputs = column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
+    return _watched(outputs, x, layers, first.group if first.sequence_parallel else None)
+
+
+def _weight(layer: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> Tensor:
+    """The weight, without gradient if that is deferred."""
+    weight = local(layer.weight)
+    return weight if layer.deferred is None else weight.detach()
+
+
+def _watched(
+    outputs: tuple[Tensor, ...],
+    x: Tensor,
+    layers: Sequence[ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding],
+    gather: Group | None,
+) -> tuple[Tensor, ...]:
+    """The outputs of layers; in backward the gradients of deferred weights are noted down."""
+    deferred = layers[0].deferred
+    if deferred is None or not torch.is_grad_enabled():
+        return outputs
+    return deferred.watch(outputs, x, layers, gather)
 
 
 class RowParallelLinear(nn.Module):
@@ -163,6 +183,7 @@ class RowParallelLinear(nn.Module):
         bias: whether there is a bias; it is replicated.
         group: the tensor-parallel ranks.
         sequence_parallel: the output is [s/t, b, o] instead of [s, b, o].
+        deferred: takes over the gradient of the weight; None = it is computed in backward.
         dtype, device: of the parameters, uninitialised.
 
     Raises:
@@ -177,11 +198,12 @@ class RowParallelLinear(nn.Module):
         bias: bool,
         group: Group,
         sequence_parallel: bool = False,
+        deferred: DeferredGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel, self.deferred = group, sequence_parallel, deferred
         columns = divide(in_features, group, "input features")
         self.weight = nn.Parameter(torch.empty(out_features, columns, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -191,7 +213,7 @@ class RowParallelLinear(nn.Module):
 
         The bias is left to the caller, who adds it together with dropout and the residual.
         """
-        partial = F.linear(x, local(self.weight))
+        (partial,) = _watched((F.linear(x, _weight(self)),), x, (self,), None)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_region
         bias = None
         if self.bias is not None:
@@ -208,6 +230,7 @@ class VocabParallelEmbedding(nn.Module):
         ops: the kernels.
         group: the tensor-parallel ranks.
         sequence_parallel: the output is [s/t, b, h] instead of [s, b, h].
+        deferred: takes over the gradient of the weight where it is used as a head, see `column_linears`.
         dtype, device: of the parameter, uninitialised.
 
     Raises:
@@ -222,11 +245,13 @@ class VocabParallelEmbedding(nn.Module):
         ops: Ops,
         group: Group,
         sequence_parallel: bool = False,
+        deferred: DeferredGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel, self._ops = group, sequence_parallel, ops
+        self.group, self.sequence_parallel, self.deferred, self._ops = group, sequence_parallel, deferred, ops
+        self.bias = None
         rows = divide(vocab_rows, group, "vocabulary rows")
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype, device=device))
 

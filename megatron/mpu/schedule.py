@@ -47,6 +47,11 @@ class DeadlockError(ValueError):
     """The tasks of different ranks wait for each other."""
 
 
+def splits_backward(name: ScheduleName) -> bool:
+    """Whether a schedule has tasks "I" and "W" instead of "B"."""
+    return name in ("zero-bubble", "zbv")
+
+
 def order_tasks(name: ScheduleName, layout: StageLayout, microbatches: int) -> list[list[Task]]:
     """The tasks of every rank, in the order in which it does them.
 

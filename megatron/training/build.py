@@ -14,6 +14,9 @@ from megatron.config.run import RunConfig
 from megatron.model.gpt import GPT, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.deferred import DeferredGradients
+from megatron.mpu.pipeline import Placement, StageLayout
+from megatron.mpu.schedule import splits_backward
 from megatron.ops import Ops
 from megatron.training.deepspeed import DeepSpeedEngine, host_adamw
 from megatron.training.engine import Engine
@@ -21,7 +24,9 @@ from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
 from megatron.training.native import NativeEngine, NativeSettings, shard_data_parallel
 from megatron.training.optimizer import parameter_groups
+from megatron.training.pipeline import PipelineSettings
 from megatron.training.setup import Session
+from megatron.training.tied import logical_parameters, tied_embedding
 
 
 def build_engine(config: RunConfig, session: Session, arch: Architecture) -> Engine:
@@ -32,19 +37,26 @@ def build_engine(config: RunConfig, session: Session, arch: Architecture) -> Eng
 
 
 def _build_native(config: RunConfig, session: Session, arch: Architecture) -> NativeEngine:
-    settings = native_settings(config)
-    model = _model(config, session, arch, torch.device("meta"))
-    assert session.groups.mesh is not None
-    to_dtensors(model, session.groups.mesh)
-    shard_data_parallel(model, model.layers.values(), session.groups, settings)
-    model.to_empty(device=session.device)
-    initialise_parameters(model, arch, session.groups, config.training.seed)
+    settings, layout, groups = native_settings(config), stage_layout(config), session.groups
+    assert groups.mesh is not None
+    stages: dict[int, GPT] = {}
+    for number in layout.stages_of(groups.pp.rank):
+        model = _model(config, session, arch, torch.device("meta"), layout, number)
+        to_dtensors(model, groups.mesh)
+        shard_data_parallel(model, model.layers.values(), groups, settings)
+        model.to_empty(device=session.device)
+        initialise_parameters(model, arch, groups, config.training.seed)
+        stages[number] = model
+    parameters = logical_parameters(stages, layout)
     return NativeEngine(
-        model,
+        stages,
+        parameters=parameters,
+        pipeline=pipeline_settings(config, arch, layout),
+        tied=tied_embedding(stages, layout, groups.pp) if arch.tied_embeddings else None,
         token_loss=_token_loss(arch, session),
         vocab_size=arch.vocab_size,
-        optimizer=_optimizer(config, session.ops, model.named_parameters()),
-        groups=session.groups,
+        optimizer=_optimizer(config, session.ops, parameters.items()),
+        groups=groups,
         accelerator=session.accelerator,
         device=session.device,
         settings=settings,
@@ -52,7 +64,7 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
 
 
 def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) -> DeepSpeedEngine:
-    model = _model(config, session, arch, session.device)
+    model = _model(config, session, arch, session.device, stage_layout(config), 0)
     initialise_parameters(model, arch, session.groups, config.training.seed)
     return DeepSpeedEngine(
         model,
@@ -65,24 +77,36 @@ def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) ->
     )
 
 
-def _model(config: RunConfig, session: Session, arch: Architecture, device: torch.device) -> GPT:
+def _model(
+    config: RunConfig, session: Session, arch: Architecture, device: torch.device, layout: StageLayout, stage: int
+) -> GPT:
     training = config.training
     model = GPT(
         arch,
         ops=session.ops,
         groups=session.groups,
         sequence_parallel=config.parallel.sequence_parallel,
+        layers=layout.layers_of(stage),
+        first=stage == 0,
+        last=stage == layout.last,
         recompute=RecomputePlan(
             granularity=training.recompute_granularity or "none",
             method=training.recompute_method or "uniform",
             num_layers=training.recompute_num_layers,
         ),
+        deferred=_deferred(config, layout, stage),
         device=device,
     )
     if config.device.use_torch_compile:
         for block in model.layers.values():
             block.forward = torch.compile(block.forward)  # the forward alone: hooks of the engines stay outside
     return model
+
+
+def _deferred(config: RunConfig, layout: StageLayout, stage: int) -> DeferredGradients | None:
+    """What collects the weight gradients of a stage, if the schedule computes them later and there are any."""
+    has_weights = bool(layout.layers[stage]) or stage == layout.last
+    return DeferredGradients() if has_weights and splits_backward(config.parallel.pipeline_schedule) else None
 
 
 def _token_loss(arch: Architecture, session: Session) -> TokenLoss:
@@ -101,6 +125,25 @@ def _optimizer(
     adamw = host_adamw if settings.cpu_optimizer and not settings.cpu_torch_adam else ops.adamw
     betas = (settings.adam_beta1, settings.adam_beta2)
     return adamw(groups, lr=settings.lr, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay)
+
+
+def stage_layout(config: RunConfig) -> StageLayout:
+    """Which pipeline rank holds which layers."""
+    parallel = config.parallel
+    placement: Placement = "vee" if parallel.pipeline_schedule == "zbv" else "loop"
+    return StageLayout(parallel.pipeline_model_parallel_size, parallel.pipeline_stage_layers, placement)
+
+
+def pipeline_settings(config: RunConfig, arch: Architecture, layout: StageLayout) -> PipelineSettings:
+    """How the micro-batches go through the stages."""
+    parallel = config.parallel
+    return PipelineSettings(
+        layout=layout,
+        schedule=parallel.pipeline_schedule,
+        hidden_size=arch.hidden_size,
+        hidden_dtype=torch.float32 if arch.fp32_residual else getattr(torch, config.precision.params_dtype),
+        sequence_split=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+    )
 
 
 def native_settings(config: RunConfig) -> NativeSettings:

@@ -21,19 +21,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from megatron import checkpoint
 from megatron.accelerators.base import Accelerator
 from megatron.checkpoint import Loaded, TrainingState
 from megatron.data.batch import Batch
+from megatron.model.gpt import GPT
 from megatron.mpu.groups import ProcessGroups
 from megatron.training import gradients
 from megatron.training.engine import SaveTarget, StepResult, StepSettings
 from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
 from megatron.training.optimizer import set_schedules
-from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
+from megatron.training.pipeline import Pipeline, PipelineSettings
+from megatron.training.step import count_tokens
+from megatron.training.tied import TiedEmbedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ def shard_data_parallel(
     mesh = groups.data_parallel_mesh()
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=s.stage == 3)
+    register_fsdp_forward_method(model, "weight_gradients")
     return True
 
 
@@ -73,8 +77,11 @@ class NativeEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        stages: Mapping[int, GPT],
         *,
+        parameters: Mapping[str, nn.Parameter],
+        pipeline: PipelineSettings,
+        tied: TiedEmbedding | None,
         token_loss: TokenLoss,
         vocab_size: int,
         optimizer: torch.optim.Optimizer,
@@ -83,21 +90,27 @@ class NativeEngine:
         device: torch.device,
         settings: NativeSettings,
     ) -> None:
-        self.model = model
         self.optimizer = optimizer
         self.loss_scale = settings.loss_scale
-        self._micro_step = MicroStep(model, token_loss)
+        self._stages, self._parameters, self._tied = stages, parameters, tied
+        self._pipeline = Pipeline(
+            stages,
+            pipeline,
+            groups=groups,
+            token_loss=token_loss,
+            device=device,
+            before_backward=self._synchronize_gradients,
+            after_backward=accelerator.end_of_micro_step,
+        )
         self._vocab_size = vocab_size
         self._groups = groups
-        self._accelerator = accelerator
         self._device = device
         self._settings = settings
 
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
         """Forward and backward of the micro-batches, then one step of the optimizer; see `Engine`."""
-        self.model.train()
         loss = self._accumulate_gradients(microbatches)
-        copies = self._by_copies(gradients.gradients(self.model.parameters()))
+        copies = self._by_copies(gradients.gradients(self._parameters.values()))
         square = gradients.sum_over_ranks(gradients.square_sum(copies, self._device))
         zeros = self._count_zeros(copies)
         scale = self.loss_scale
@@ -112,14 +125,15 @@ class NativeEngine:
 
     def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
         """Loss sum and token count over all ranks; see `Engine`."""
-        self.model.eval()
-        sums = evaluate_microbatches(self._micro_step, microbatches, self._groups, self._device)
+        loss = self._pipeline.evaluate(microbatches)
         self._reshard()
-        return sums
+        tokens = torch.stack([batch.loss_mask.sum() for batch in microbatches]).sum().to(self._device)
+        loss_sum, token_sum = self._groups.sum_over_data(torch.stack([loss, tokens])).tolist()
+        return loss_sum, token_sum
 
     def parameters_norm(self) -> float:
         """L2 norm of all parameters; see `Engine`."""
-        copies = self._by_copies(self.model.parameters())
+        copies = self._by_copies(self._parameters.values())
         return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
 
     def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
@@ -149,43 +163,41 @@ class NativeEngine:
             vocab_size=self._vocab_size,
             log=log,
         )
+        if loaded is not None and self._tied is not None:
+            self._tied.refresh()
         if loaded is not None and optimizer and self._settings.loss_scale.window:
             self.loss_scale = LossScale(**loaded.progress["loss_scale"])
         return loaded
 
     def _tensors(self, *, optimizer: bool) -> dict[str, torch.Tensor]:
         """What a checkpoint holds, by logical name."""
-        named = dict(self.model.named_parameters())
-        tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in named.items()}
-        return tensors | (checkpoint.optimizer_tensors(self.optimizer, named.items()) if optimizer else {})
+        named = self._parameters.items()
+        tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in named}
+        return tensors | (checkpoint.optimizer_tensors(self.optimizer, named) if optimizer else {})
 
     def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> float:
         """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss."""
         tokens = count_tokens(microbatches, self._groups, self._device)
         # FSDP2 averages over data-parallel ranks; the sum is wanted.
         weight = self.loss_scale.value * self._groups.dp_cp.size / tokens
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
-        for index, batch in enumerate(microbatches):
-            self._synchronize_gradients(last=index == len(microbatches) - 1)
-            loss = self._micro_step(batch.to(self._device))
-            (loss * weight).backward()
-            loss_sum += loss.detach()
-            self._accelerator.end_of_micro_step()
+        loss_sum = self._pipeline.train(microbatches, weight)
+        if self._tied is not None:
+            self._tied.collect_gradient()
         return (self._groups.sum_over_data(loss_sum) / tokens).item()
 
     def _reshard(self) -> None:
         """Back to the sharded parameters, known to optimizer and checkpoints: a forward alone leaves them gathered."""
-        for module in self.model.modules():
+        for module in (module for stage in self._stages.values() for module in stage.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _synchronize_gradients(self, *, last: bool) -> None:
+    def _synchronize_gradients(self, stage: GPT, last: bool) -> None:
         """Tell FSDP2 whether this backward ends with a reduction over the data-parallel ranks."""
-        if not isinstance(self.model, FSDPModule):
+        if not isinstance(stage, FSDPModule):
             return
-        self.model.set_requires_gradient_sync(last or self._settings.stage >= 2)
-        self.model.set_is_last_backward(last)
-        self.model.set_reshard_after_backward(last or self._settings.stage == 3)
+        stage.set_requires_gradient_sync(last or self._settings.stage >= 2)
+        stage.set_is_last_backward(last)
+        stage.set_reshard_after_backward(last or self._settings.stage == 3)
 
     def _by_copies(self, tensors: Iterable[torch.Tensor]) -> gradients.ByCopies:
         return gradients.group_by_copies(tensors, self._groups.world.size // self._groups.pp.size)
@@ -198,3 +210,5 @@ class NativeEngine:
     def _step_optimizer(self, settings: StepSettings) -> None:
         set_schedules(self.optimizer, settings)
         self.optimizer.step()
+        if self._tied is not None:
+            self._tied.refresh()

@@ -83,7 +83,7 @@ def run_flops(config: RunConfig, arch: Architecture) -> TrainingFlops:
     training = config.training
     layers = arch.num_layers
     if training.recompute_method == "block":
-        layers = min(layers, training.recompute_num_layers * config.parallel.pipeline_model_parallel_size)
+        layers = sum(min(count, training.recompute_num_layers) for count in config.parallel.pipeline_stage_layers)
     return training_flops(
         arch, config.data.seq_length, recompute=training.recompute_granularity or "none", recomputed_layers=layers
     )

@@ -26,11 +26,15 @@ class MicroStep:
         Args:
             batch: on the model's device.
         """
-        inputs = ModelInputs(
-            position_ids=batch.position_ids, document_ids=batch.document_ids, dropout_seed=batch.dropout_seed
-        )
-        logits = self.model(batch.tokens, inputs)  # [s, b, v/tp]
+        logits = self.model(batch.tokens, model_inputs(batch))  # [s, b, v/tp]
         return lm_loss(logits, batch, self.token_loss)
+
+
+def model_inputs(batch: Batch) -> ModelInputs:
+    """What the model reads of a batch besides its tokens."""
+    return ModelInputs(
+        position_ids=batch.position_ids, document_ids=batch.document_ids, dropout_seed=batch.dropout_seed
+    )
 
 
 def count_tokens(microbatches: Sequence[Batch], groups: ProcessGroups, device: torch.device) -> torch.Tensor:

@@ -28,6 +28,7 @@ def test_it_is_read_back():
     kept = {name: value for name, value in run.values().items() if value is not None and name in settings}
     assert settings == kept
     computed = {"world_size", "data_parallel_size", "local_rank", "params_dtype", "zero_stage_native"}
+    computed |= {"pipeline_stage_layers", "virtual_pipeline_model_parallel_size"}
     assert {name for name, value in run.values().items() if value is not None} - settings.keys() == computed
 
 

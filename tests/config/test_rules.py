@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 
-from megatron.config import model_rules, rules, run_rules
+from megatron.config import model_rules, pipeline_rules, rules, run_rules
 from megatron.config.parser import ConfigError, defaults
 from tests.config.commands import config
 
-M, R = model_rules, run_rules
+M, P, R = model_rules, pipeline_rules, run_rules
 HALF = ("--fp16",)
 # rule, further flags, flags of the small run that are left out, words of the message
 TABLE = [
@@ -20,6 +20,31 @@ TABLE = [
         "--no-pipeline-parallel --pipeline-model-parallel-size 2",
         "",
         "--pipeline-model-parallel-size 2: must be 1",
+    ),
+    (P.pipeline_has_ranks, "--pipeline-schedule zbv", "", "--pipeline-schedule: --pipeline-model-parallel-size"),
+    (
+        P.pipeline_has_stages,
+        "--pipeline-model-parallel-size 4 --num-layers 6",
+        "",
+        "--num-layers 6: multiple of 4 pipeline stages --pipeline-model-parallel-layout",
+    ),
+    (
+        P.pipeline_is_native,
+        "--pipeline-model-parallel-size 2 --deepspeed",
+        "",
+        "--pipeline-model-parallel-size 2: leave --deepspeed out",
+    ),
+    (
+        P.split_backward_keeps_parameters,
+        "--pipeline-model-parallel-size 2 --pipeline-schedule zbv --zero-stage 2",
+        "",
+        "--zero-stage 2: 0 or 1 --pipeline-schedule zbv",
+    ),
+    (
+        P.split_backward_is_not_compiled,
+        "--pipeline-model-parallel-size 2 --enable-zbh1-pipeline --use-torch-compile true",
+        "",
+        "--use-torch-compile: --pipeline-schedule zero-bubble 1f1b",
     ),
     (
         M.query_heads_split,
@@ -301,7 +326,7 @@ def test_every_rule_is_in_the_table():
 
 
 def test_rules_of_a_module_are_all_run():
-    for module in (model_rules, run_rules):
+    for module in (model_rules, pipeline_rules, run_rules):
         public = {
             value
             for name, value in vars(module).items()
@@ -317,12 +342,6 @@ def test_rules_name_settings():
 
 
 NOT_YET_FLAGS = {
-    "pipeline_model_parallel_size": "--pipeline-model-parallel-size 2",
-    "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage 1",
-    "overlap_p2p_comm": "--overlap-p2p-communication",
-    "standalone_embedding_stage": "--standalone-embedding-stage",
-    "enable_zbh1_pipeline": "--enable-zbh1-pipeline",
-    "enable_zbh1_exact_semantics": "--enable-zbh1-exact-semantics",
     "context_parallel_size": "--context-parallel-size 2",
     "ds_sequence_parallel_size": "--ds-sequence-parallel-size 2",
     "force_ds_sequence_parallel": "--force-ds-sequence-parallel",

@@ -6,14 +6,17 @@ import functools
 
 import pytest
 
-from tests.parity import ENGINES, FLOAT32_TOLERANCE, LAYOUTS, Curve, Layout, curve, difference
+from tests.parity import ENGINES, FLOAT32_TOLERANCE, LAYOUTS, MODEL, Curve, Layout, curve, difference, one_process
 
 SHORT = 6
 BFLOAT16_TOLERANCE = 5e-3
 """Relative, of the loss: activations have 8 bits, and other layouts round sums of them in another order."""
 
-QUICK = (("TP2 SP", "native stage 1"), ("TP2", "DeepSpeed ZeRO-1"), ("DP2", "native stage 3"))
-ALL = tuple((layout.name, engine) for layout in LAYOUTS for engine in ENGINES)
+QUICK = (
+    *(("TP2 SP", "native stage 1"), ("TP2", "DeepSpeed ZeRO-1"), ("DP2", "native stage 3")),
+    *(("PP2 1f1b", "native stage 1"), ("PP2 DP2 zbv, tied embeddings", "native stage 1")),
+)
+ALL = tuple((layout.name, engine) for layout in LAYOUTS for engine in layout.engines)
 
 
 def _layout(name: str) -> Layout:
@@ -21,12 +24,13 @@ def _layout(name: str) -> Layout:
 
 
 @functools.cache
-def _plain(steps: int) -> Curve:
-    return curve(LAYOUTS[0], steps=steps)
+def _plain(steps: int, model: tuple[str, ...] = MODEL) -> Curve:
+    return one_process(model, steps)
 
 
 def _check(name: str, engine: str, steps: int) -> None:
-    found, expected = curve(_layout(name), ENGINES[engine], steps), _plain(steps)
+    layout = _layout(name)
+    found, expected = curve(layout, ENGINES[engine], steps), _plain(steps, layout.model)
     assert difference(found.losses, expected.losses) <= FLOAT32_TOLERANCE
     assert difference(found.norms, expected.norms) <= FLOAT32_TOLERANCE
 
