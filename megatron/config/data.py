@@ -45,6 +45,21 @@ class DataConfig:
         False, "With instruction data: pad to the longest sample of a micro-batch, not to --seq-length."
     )
     eod_mask_loss: bool = option(False, "No loss for end-of-document tokens.")
+    fim_data: bool = option(False, "Rearrange training documents to learn to fill in their middle.")
+    fim_rate: float = option(0.5, "Probability that a document is rearranged.", minimum=0, maximum=1)
+    fim_spm_rate: float = option(
+        0.5, "Probability that a rearranged document starts with its suffix.", minimum=0, maximum=1
+    )
+    fim_split_sample: str | None = option(None, "Token around which documents are cut into fragments.")
+    fim_fragment_rate: float | None = option(
+        None, "Probability that a fragment is rearranged, of a document that is chosen.", minimum=0, maximum=1
+    )
+    fim_no_prefix: str | None = option(None, "Documents that begin with this text are left as they are.")
+    fim_prefix_token: str = option("<fim_prefix>", "Token in front of the prefix.")
+    fim_middle_token: str = option("<fim_middle>", "Token in front of the middle.")
+    fim_suffix_token: str = option("<fim_suffix>", "Token in front of the suffix.")
+    fim_pad_token: str = option("<fim_pad>", "Token that fills samples up.")
+    fim_eod_token: str | None = option(None, "Token that ends documents. Default: that of the tokenizer.")
     train_data_exact_num_epochs: int | None = option(
         None, "Build the training samples from exactly this number of epochs.", minimum=1
     )

@@ -58,6 +58,8 @@ class MaskRules:
     reset_position_ids: bool = False
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
+    pad: int | None = None
+    """Token that nothing is learned about: no loss where it is the label."""
 
 
 def make_batch(samples: Tokens, real: npt.NDArray[np.bool_], rules: MaskRules, dropout_seed: int) -> Batch:
@@ -74,6 +76,8 @@ def make_batch(samples: Tokens, real: npt.NDArray[np.bool_], rules: MaskRules, d
     loss_mask = np.repeat(real.astype(np.float32)[:, None], tokens.shape[1], axis=1)
     if rules.eod_mask_loss:
         loss_mask[ends] = 0.0
+    if rules.pad is not None:
+        loss_mask[samples[:, 1:] == rules.pad] = 0.0
     positions = positions_within_documents(ends) if rules.reset_position_ids else None
     documents = document_numbers(ends) if rules.reset_attention_mask else None
     return Batch(

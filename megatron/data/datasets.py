@@ -19,13 +19,16 @@ from megatron.data.blend import (
     split_range,
 )
 from megatron.data.errors import DataError
+from megatron.data.fim import Codec, FimDataset, FimSettings, FimTokens
 from megatron.data.gpt_dataset import GPTDataset, SampleRequest
 from megatron.data.index_cache import IndexCache
 from megatron.data.indexed_dataset import IndexedDataset, TokenSource
 from megatron.data.instruction import InstructionDataset, InstructionRequest, InstructionSource
+from megatron.data.remote import RemoteDataset, is_remote
 from megatron.data.settings import DataSettings, SampleCounts
 
 _WHOLE = (0.0, 1.0)
+Fim = tuple[FimSettings, FimTokens, Codec]
 _CACHE_FOLDER = "index-cache"
 
 
@@ -39,7 +42,13 @@ class Datasets:
 
 
 def build_datasets(
-    settings: DataSettings, counts: SampleCounts, *, vocab_size: int, eod: int, report: Callable[[str], None]
+    settings: DataSettings,
+    counts: SampleCounts,
+    *,
+    vocab_size: int,
+    eod: int,
+    report: Callable[[str], None],
+    fim: Fim | None = None,
 ) -> Datasets:
     """Open the corpora and build or load the order of their samples.
 
@@ -49,11 +58,12 @@ def build_datasets(
         vocab_size: token ids outside of it are refused.
         eod: token that ends the made-up documents of --mock-data.
         report: receives lines for the log.
+        fim: how training documents are rearranged; None leaves them as they are.
 
     Raises:
         DataError: data is missing, damaged, made with another tokenizer, or not enough.
     """
-    builder = _Builder(settings, vocab_size, eod, report)
+    builder = _Builder(settings, vocab_size, eod, report, fim)
     built = {
         name: builder.split(number, wanted)
         for number, (name, wanted) in enumerate(zip(SPLITS, (counts.train, counts.valid, counts.test), strict=True))
@@ -62,11 +72,14 @@ def build_datasets(
 
 
 class _Builder:
-    def __init__(self, settings: DataSettings, vocab_size: int, eod: int, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: DataSettings, vocab_size: int, eod: int, report: Callable[[str], None], fim: Fim | None
+    ) -> None:
         self.settings = settings
         self.vocab_size = vocab_size
         self.eod = eod
         self.report = report
+        self.fim = fim
         self.sources: dict[str, TokenSource | InstructionSource] = {}
 
     def split(self, number: int, wanted: int | None) -> Samples | None:
@@ -86,6 +99,9 @@ class _Builder:
                 f"{wanted} are to be taken. Give weights to repeat data, or lower "
                 + ("--train-iters / --train-samples." if number == 0 else "--eval-iters (-1 takes everything once).")
             )
+        if self.fim is not None and dataset is not None and number == 0:
+            settings, tokens, codec = self.fim
+            return FimDataset(dataset, settings, tokens, codec, self.settings.seed)
         return dataset
 
     def _part(self, number: int) -> tuple[tuple[float, float] | None, Blend | None]:
@@ -98,10 +114,16 @@ class _Builder:
         return (_WHOLE, parse_blend(paths, f"--{SPLITS[number]}-data-path")) if paths else (None, None)
 
     def _cache(self, blend: Blend | None) -> IndexCache | None:
-        folder = self.settings.data_cache_path
-        if folder is None and blend is not None:
-            folder = Path(blend.prefixes[0]).parent / _CACHE_FOLDER
-        return None if folder is None else IndexCache(folder=folder, report=self.report)
+        if blend is None and self.settings.data_cache_path is None:
+            return None
+        return IndexCache(folder=self._cache_folder("" if blend is None else blend.prefixes[0]), report=self.report)
+
+    def _cache_folder(self, prefix: str) -> Path:
+        if self.settings.data_cache_path is not None:
+            return self.settings.data_cache_path
+        if is_remote(prefix):
+            raise DataError(f"{prefix} is a URL: give a local folder for its index with --data-cache-path.")
+        return Path(prefix).parent / _CACHE_FOLDER
 
     def _source(self, prefix: str) -> TokenSource | InstructionSource:
         if prefix not in self.sources:
@@ -109,6 +131,10 @@ class _Builder:
                 self.sources[prefix] = InstructionSource(prefix)
             elif self.settings.mock_data:
                 self.sources[prefix] = mock.MockSource(self.vocab_size, self.eod)
+            elif is_remote(prefix):
+                remote = RemoteDataset(prefix, self._cache_folder(prefix))
+                remote.check_vocabulary(self.vocab_size)
+                self.sources[prefix] = remote
             else:
                 corpus = IndexedDataset(prefix)
                 corpus.check_vocabulary(self.vocab_size)

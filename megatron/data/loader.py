@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from megatron.data.batch import Batch, MaskRules, make_batch, mix_seed
 from megatron.data.blend import Samples
-from megatron.data.datasets import build_datasets
+from megatron.data.datasets import Fim, build_datasets
 from megatron.data.errors import DataError
 from megatron.data.instruction import InstructionRules, instruction_batch
 from megatron.data.samplers import PADDING, CyclicSampler, SampleRef, SequentialSampler, ShardedCyclicSampler, Share
@@ -98,6 +98,7 @@ def build_data_iterators(
     device: torch.device | None = None,
     pin_memory: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    fim: Fim | None = None,
 ) -> DataIterators:
     """Everything from settings to micro-batches. With torch.distributed, all ranks must call it.
 
@@ -111,6 +112,7 @@ def build_data_iterators(
         device: where ranks tell each other whether it worked.
         pin_memory: page-locked batches.
         report: receives lines for the log.
+        fim: see `build_datasets`.
 
     Raises:
         DataError: the data cannot be used; on every rank, also when only one of them found out.
@@ -120,6 +122,7 @@ def build_data_iterators(
         reset_position_ids=settings.reset_position_ids,
         reset_attention_mask=settings.reset_attention_mask,
         eod_mask_loss=settings.eod_mask_loss,
+        pad=None if fim is None else fim[1].pad,
     )
     options = LoaderOptions(
         share=share,
@@ -131,7 +134,7 @@ def build_data_iterators(
         seq_length=settings.seq_length,
     )
     with _Agreement(device):
-        datasets = build_datasets(settings, counts, vocab_size=vocab_size, eod=eod, report=report)
+        datasets = build_datasets(settings, counts, vocab_size=vocab_size, eod=eod, report=report, fim=fim)
         return DataIterators(
             train=_train_stream(settings, datasets.train, consumed.train, options),
             valid=_eval_stream(datasets.valid, counts.valid, consumed.valid, options),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron.config.run import RunConfig
+from megatron.data.datasets import Fim
 from megatron.data.errors import DataError
+from megatron.data.fim import FimSettings, find_tokens
 from megatron.data.instruction import InstructionRules
 from megatron.data.loader import Consumed, DataIterators, build_data_iterators
 from megatron.data.samplers import Share
@@ -39,6 +42,7 @@ def build_data(
         device=session.device,
         pin_memory=session.accelerator.capabilities.pinned_memory,
         report=report,
+        fim=fim(config, tokenizer) if config.data.fim_data else None,
     )
 
 
@@ -75,6 +79,19 @@ def data_settings(config: RunConfig, pad: int) -> DataSettings:
         num_workers=data.num_workers,
         instruction=instruction_rules(config, pad) if data.is_instruction_dataset else None,
     )
+
+
+def fim(config: RunConfig, tokenizer: Tokenizer) -> Fim:
+    """What the flags say about filling in the middle.
+
+    Raises:
+        DataError: they contradict each other, or the tokenizer lacks a token.
+    """
+    if config.data.is_instruction_dataset or config.data.mock_data:
+        raise DataError("--fim-data rearranges text; it goes neither with --is-instruction-dataset nor --mock-data.")
+    names = [field.name for field in dataclasses.fields(FimSettings)]
+    settings = FimSettings(**{name: getattr(config.data, f"fim_{name}") for name in names})
+    return settings, find_tokens(settings, tokenizer, tokenizer.eod), tokenizer
 
 
 def instruction_rules(config: RunConfig, pad: int) -> InstructionRules:
