@@ -55,7 +55,7 @@ def main() -> None:
         config=args.hf_config,
         vocab_size=args.vocab_size,
         average_replicas=args.average_replicas,
-        optimizer=not args.no_optimizer,
+        optimizer=FORMATS[args.target].moments and not args.no_optimizer,
         tokenizer=args.tokenizer_model,
     )
     target = WriteOptions(

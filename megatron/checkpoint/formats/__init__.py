@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch
-from megatron.checkpoint.formats import huggingface, megatron, native
+from megatron.checkpoint.formats import deepspeed, huggingface, megatron, native, universal
 from megatron.checkpoint.formats.assets import with_tokenizer
 from megatron.checkpoint.formats.detect import describe, kind_of
 from megatron.checkpoint.formats.model import StoredModel
@@ -28,18 +28,22 @@ class Format:
         title: for messages.
         read, write: see the top of this file.
         sharded: whether it is split for a number of tensor- and pipeline-parallel ranks.
+        moments: whether the optimizer's moments are written too; else weights alone.
     """
 
     title: str
     read: Callable[[Path, ReadOptions], StoredModel]
     write: Callable[[StoredModel, Path, WriteOptions], None]
     sharded: bool
+    moments: bool
 
 
 FORMATS: Mapping[str, Format] = {
-    "hf": Format(title="Hugging Face", read=huggingface.read, write=huggingface.write, sharded=False),
-    "native": Format(title="this project's", read=native.read, write=native.write, sharded=False),
-    "megatron": Format(title="Megatron", read=megatron.read, write=megatron.write, sharded=True),
+    "hf": Format(title="Hugging Face", read=huggingface.read, write=huggingface.write, sharded=False, moments=False),
+    "native": Format(title="this project's", read=native.read, write=native.write, sharded=False, moments=True),
+    "megatron": Format(title="Megatron", read=megatron.read, write=megatron.write, sharded=True, moments=False),
+    "deepspeed": Format(title="DeepSpeed", read=deepspeed.read, write=deepspeed.write, sharded=True, moments=False),
+    "universal": Format(title="universal", read=universal.read, write=universal.write, sharded=True, moments=True),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,14 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
             "ranks, which of Megatron's programs Megatron-Core alone can load"
         )
     name = f"iter_{model.iteration:07d}" if model.iteration else "release"
+    state = client_state(model, whole, options)
     with new_folder(folder) as temporary:
         for stage, layers in enumerate(even_stages(model.arch.num_layers, options.pp)):
             paths = [temporary / name / _rank_folder(rank, stage, options) / _FILES[0] for rank in range(options.tp)]
             for path in paths:
                 path.parent.mkdir(parents=True)
-            _write_stage(paths, whole, model, layers, options)
+            slots = stage_slots(whole, layers, copy_embedding=options.pp > 1)
+            write_stage(paths, whole, slots, lambda tree: {**state, "model": tree})
         if model.assets.files:
             model.assets.copy_to(temporary / FOLDER)
         write_synced(temporary / TRACKER, (str(model.iteration) if model.iteration else "release").encode())
@@ -196,18 +198,30 @@ def _rank_folder(rank: int, stage: int, options: WriteOptions) -> str:
     return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if options.pp > 1 else "")
 
 
-def _write_stage(
-    paths: Sequence[Path], whole: Megatron, model: StoredModel, layers: range, options: WriteOptions
+def write_stage(
+    paths: Sequence[Path],
+    whole: Megatron,
+    slots: Mapping[str, str],
+    objects: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
+    """Write one file per tensor-parallel rank with the same tensors in each.
+
+    Args:
+        paths: the files.
+        whole: the model.
+        slots: name in the file -> full name.
+        objects: from the dictionary of the tensors to what the file holds.
+
+    Raises:
+        CheckpointError: a tensor cannot be divided over the ranks.
+    """
     splits = whole.splits()
-    slots = stage_slots(whole, layers, copy_embedding=options.pp > 1)
-    records = {
-        slot: part_record(whole.tensors.records[name], splits[name], options.tp, name) for slot, name in slots.items()
+    tree = {
+        slot: Slot(slot, part_record(whole.tensors.records[name], splits[name], len(paths), name))
+        for slot, name in slots.items()
     }
-    tree = nest({slot: Slot(slot, record) for slot, record in records.items()}, whole.dialect)
-    objects = {**client_state(model, whole, options), "model": tree}
     with ExitStack() as stack:
-        files = [stack.enter_context(TorchFile(path, objects)) for path in paths]
+        files = [stack.enter_context(TorchFile(path, objects(nest(tree, whole.dialect)))) for path in paths]
         write_parts(files, whole.tensors, splits, slots)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.formats.lazy import LazyTensors, cast_view, join_view, rows_view, split_view
 from megatron.checkpoint.formats.model import StoredModel, unpadded
-from megatron.checkpoint.formats.names import DIALECTS, THIRDS, Dialect, Piece, frequency_pieces, per_head_last, pieces
+from megatron.checkpoint.formats.names import THIRDS, Dialect, Piece, dialects, frequency_pieces, per_head_last, pieces
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions
 from megatron.checkpoint.formats.parts import Split, joined
 from megatron.checkpoint.manifest import TensorRecord
@@ -53,7 +53,7 @@ def logical_weights(
 def _dialect_of(names: Collection[str], arch: Architecture, where: Path) -> tuple[Dialect, list[Piece]]:
     """The dialect with these names, and all tensors of the model in it."""
     best: tuple[int, list[str], list[str]] | None = None
-    for dialect in DIALECTS.values():
+    for dialect in dialects(arch).values():
         try:
             table = pieces(arch, dialect)
         except CheckpointError:
@@ -135,11 +135,12 @@ def to_dialect(model: StoredModel, name: str, options: WriteOptions, weights: La
     Raises:
         CheckpointError: the dialect is unknown, has no place for a tensor, or heads cannot be divided.
     """
-    if name not in DIALECTS:
-        raise CheckpointError(f"--dialect {name}: there are {', '.join(DIALECTS)}")
     arch = unpadded(model.arch)
+    known = dialects(arch)
+    if name not in known:
+        raise CheckpointError(f"--dialect {name}: there are {', '.join(known)}")
     check_heads(arch, options.tp)
-    dialect = DIALECTS[name]
+    dialect = known[name]
     table = [*pieces(arch, dialect), *frequency_pieces(arch, dialect)]
     ours = cast_view(model.weights, options.dtype) if weights is None else weights
     rows = options.padded(arch.vocab_size)

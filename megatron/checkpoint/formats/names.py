@@ -36,6 +36,7 @@ class Dialect:
 
     Attributes:
         layers: what stands before the name of a tensor of a layer; `{}` is the number of the layer.
+        first_layer: the number of the first layer.
         ends: names of the tensors that belong to no layer, by logical name.
         parts: names of the tensors of a layer, by logical name; that of the query is the name of q, k and v together.
         fused_gate: name of gate and up-projection together; None: they are separate.
@@ -47,6 +48,7 @@ class Dialect:
     ends: Mapping[str, str]
     parts: Mapping[str, str]
     fused_gate: str | None
+    first_layer: int = 0
     frequencies: str | None = None
     nested: tuple[str, ...] = ()
 
@@ -133,6 +135,44 @@ DIALECTS: Mapping[str, Dialect] = {
 Transformer Engine. ascendspeed: AscendSpeed of 2023; modellink: its successor; merged: with --merge-mlp."""
 
 
+PIPELINE = "pipeline"
+
+
+def pipeline_dialect(arch: Architecture, *, with_lambdas: bool = False) -> Dialect:
+    """The names of DeepSpeed's pipeline modules, which begin with the number of the module.
+
+    Args:
+        arch: of the model.
+        with_lambdas: two more modules, before the layers and after them, as in Megatron-DeepSpeed until 2023 and in
+            BigScience's, which trained BLOOM.
+    """
+    embedding = "tied_modules.embed" if arch.tied_embeddings else "1"
+    first = 3 if with_lambdas else 2
+    after = first + arch.num_layers + with_lambdas
+    return Dialect(
+        layers="{}.",
+        first_layer=first,
+        ends={
+            "embedding.word": embedding + ".word_embeddings.{}",
+            "embedding.position": embedding + ".position_embeddings.{}",
+            "embedding.norm": embedding + ".word_embeddings.norm.{}",
+            "final_norm": f"{after}.{{}}",
+            "head": f"{after + 1}.lm_head.{{}}",
+        },
+        parts=_MEGATRON_PARTS,
+        fused_gate=_MEGATRON_PARTS["mlp.up"],
+    )
+
+
+def dialects(arch: Architecture) -> dict[str, Dialect]:
+    """All dialects that a model can be stored in, by name."""
+    return {
+        **DIALECTS,
+        PIPELINE: pipeline_dialect(arch),
+        f"{PIPELINE}-lambdas": pipeline_dialect(arch, with_lambdas=True),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """One tensor of a dialect.
@@ -165,7 +205,8 @@ class Piece:
         """
         if not isinstance(self.place, int):
             return self.name
-        return dialect.layers.format(self.place if layer is None else layer) + self.name
+        number = self.place if layer is None else layer
+        return dialect.layers.format(number + dialect.first_layer) + self.name
 
     def entry(self, dialect: Dialect) -> Entry:
         """For the views of `lazy`."""

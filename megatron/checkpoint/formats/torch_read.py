@@ -21,10 +21,23 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CorruptCheckpoint
 
+
+def _without_attributes(make: Any, _: Any, arguments: tuple[Any, ...], __: Any) -> Any:
+    """A tensor that had a class or attributes of its own, without them; `make` has been let in already."""
+    return make(*arguments)
+
+
+def _data(data: Tensor, *_: Any) -> Tensor:
+    """What a parameter holds."""
+    return data
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter"): _data,
+    ("torch._utils", "_rebuild_parameter_with_state"): _data,
+    ("torch._tensor", "_rebuild_from_type_v2"): _without_attributes,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("collections", "OrderedDict"): collections.OrderedDict,

@@ -14,7 +14,6 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,11 +88,11 @@ class TorchFile:
         objects: what `torch.load` will return, with a `Slot` wherever there is a tensor.
     """
 
-    def __init__(self, path: Path, objects: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, objects: Any) -> None:
         self._path = path
         buffer = io.BytesIO()
         pickler = _Pickler(buffer)
-        pickler.dump(dict(objects))
+        pickler.dump(objects)
         self._missing = pickler.numbers
         self._records = pickler.records
         self._file = path.open("xb")
