@@ -28,7 +28,7 @@ __all__ = [
     "select",
 ]
 
-DEVICES = ("cuda", "cpu")
+DEVICES = ("cuda", "hpu", "npu", "neuron", "neuron_xla", "cpu")
 """Known devices in the order `select("auto")` probes them; each is a module here with a function `accelerator()`."""
 
 

@@ -12,7 +12,7 @@ from megatron.config.schema import option
 class DeviceConfig:
     """Where the run computes, and with which kernels."""
 
-    device: Literal["auto", "cpu", "cuda", "hpu", "npu", "neuron"] = option(
+    device: Literal["auto", "cpu", "cuda", "hpu", "npu", "neuron", "neuron_xla"] = option(
         "auto", "Kind of device. auto takes the first that is there."
     )
     op: tuple[str, ...] = option(

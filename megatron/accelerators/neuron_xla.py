@@ -1,0 +1,138 @@
+"""AWS Trainium 1 through PyTorch/XLA (torch_xla up to 2.9), for machines that the native `neuron` does not serve.
+
+Written to the published interface of torch_xla and never run on a chip. XLA gathers operations into a graph until it is
+cut, and compiles a graph anew whenever a shape or a Python number in it changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats
+from megatron.accelerators.vendor import NO_AUTOLOAD, check_local_rank, import_problem
+
+_PACKAGE = "torch_xla"
+# Dense FLOP/s of one of the two cores of a chip: the architecture page of the AWS Neuron documentation.
+CORE_PEAK = {torch.bfloat16: 95e12, torch.float16: 95e12, torch.float32: 23.75e12}
+
+
+@dataclass(frozen=True)
+class NeuronXla:
+    """AWS Trainium 1: one core per process."""
+
+    name: str = "neuron_xla"
+    torch_device_type: str = "xla"
+    collective_backend: str = "xla"
+    deepspeed_name: str | None = None
+    ops_module: str = "megatron.ops.neuron"
+    environment: tuple[EnvVar, ...] = (
+        NO_AUTOLOAD,
+        EnvVar("PJRT_DEVICE", "NEURON", "torch_xla otherwise looks for other devices first"),
+        EnvVar("NEURON_CC_FLAGS", "--model-type=transformer", "lets the compiler optimise for attention"),
+        EnvVar("NEURON_FUSE_SOFTMAX", "1", "softmax as one kernel instead of several operations"),
+    )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The graph is cut after every micro-step, on all ranks alike, or they wait for each other forever."""
+        return Capabilities(
+            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+            async_collectives=False,
+            average_collectives=False,
+            step_boundary_per_micro_step=True,
+        )
+
+    def unavailable_reason(self) -> str:
+        """Why no core can be used; empty when one can."""
+        problem = import_problem(_PACKAGE)
+        if problem:
+            return problem
+        try:
+            kind = _runtime().device_type()
+        except RuntimeError as error:
+            return f"torch_xla starts no runtime: {error}"
+        if kind != "NEURON":
+            return f"torch_xla runs on {kind}, not on NEURON (PJRT_DEVICE)"
+        return ""
+
+    def is_available(self) -> bool:
+        """Whether the software is installed and sees a core."""
+        return not self.unavailable_reason()
+
+    def device_count(self) -> int:
+        """Cores of this node; 0 without the software."""
+        return 0 if self.unavailable_reason() else int(_runtime().addressable_device_count())
+
+    def set_device(self, local_rank: int) -> torch.device:
+        """The core of this process, which torch_xla chooses by LOCAL_RANK.
+
+        Raises:
+            ValueError: there is no such core, or torch_xla counts other ranks than the launcher; its collectives
+                would then return the local value without a word.
+        """
+        check_local_rank(local_rank, self.device_count(), "Trainium core", "NEURON_RT_NUM_CORES")
+        launched, counted = int(os.environ.get("WORLD_SIZE", "1")), int(_runtime().world_size())
+        if launched != counted:
+            raise ValueError(f"the launcher started {launched} ranks, torch_xla counts {counted}; see PJRT_DEVICE")
+        device: torch.device = _xla().device()
+        return device
+
+    def synchronize(self) -> None:
+        """Cut the graph and wait until it has run."""
+        _xla().sync(wait=True)
+
+    def end_of_micro_step(self) -> None:
+        """Cut the graph, so that all micro-steps run the same one."""
+        _xla().sync()
+
+    def manual_seed(self, seed: int) -> None:
+        """Seed the generator, which is part of the graph."""
+        _model().set_rng_state(seed)
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the generator (one integer), uint8 [8] on the host."""
+        return torch.tensor([int(_model().get_rng_state())], dtype=torch.int64, device="cpu").view(torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Put back what `rng_state` returned."""
+        _model().set_rng_state(int(state.view(torch.int64).item()))
+
+    def memory_stats(self) -> MemoryStats:
+        """What the runtime reports, in bytes; it knows no allocator, so reserved is the whole memory."""
+        info = _model().get_memory_info(_xla().device())
+        used, limit = int(info["bytes_used"]), int(info["bytes_limit"])
+        peak = int(info.get("peak_bytes_used", used))
+        return MemoryStats(allocated=used, max_allocated=peak, reserved=limit, max_reserved=limit)
+
+    def reset_peak_memory(self) -> None:
+        """The runtime's peak is that of the process's life."""
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Published figure of one core."""
+        return CORE_PEAK.get(dtype)
+
+    def device_description(self) -> str:
+        """How many cores there are."""
+        return f"{self.device_count()} cores of trn1 through PyTorch/XLA"
+
+
+def accelerator() -> Accelerator:
+    """AWS Trainium through PyTorch/XLA."""
+    return NeuronXla()
+
+
+def _xla() -> ModuleType:
+    return importlib.import_module("torch_xla")
+
+
+def _runtime() -> ModuleType:
+    return importlib.import_module("torch_xla.runtime")
+
+
+def _model() -> ModuleType:
+    return importlib.import_module("torch_xla.core.xla_model")
