@@ -17,7 +17,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (
         "nxd",
         "a checkpoint of NeuronX Distributed",
-        r"([^/]+/)?(model/)?((dp_rank_\d+_)?(ep_rank_\d+_)?tp_rank_\d+_pp_rank_\d+(\.pt)?(/checkpoint\.pt)?)",
+        r"([^/]+/)?((model/)?(dp_rank_\d+_)?(ep_rank_\d+_)?tp_rank_\d+_pp_rank_\d+(\.pt)?(/checkpoint\.pt)?|checkpoint\.pt)",
     ),
     ("hf", "a model of Hugging Face", r"(model\.safetensors|pytorch_model\.bin)(\.index\.json)?"),
 )

@@ -33,6 +33,7 @@ class ReadOptions:
         average_replicas: take the mean of copies that should be equal and are not, instead of refusing them.
         optimizer: also read the optimizer's moments.
         tokenizer: file or folder to carry along instead of what is beside the checkpoint.
+        query_tiled: order of query heads in a checkpoint of NxD, see `nxd_attention`; None: that of its keys.
         log: told what is worth knowing.
     """
 
@@ -42,6 +43,7 @@ class ReadOptions:
     average_replicas: bool = False
     optimizer: bool = True
     tokenizer: Path | None = None
+    query_tiled: bool | None = None
     log: Log = print
 
 
@@ -55,7 +57,7 @@ class WriteOptions:
         dtype: of the weights; None: as they are.
         dialect: names of the tensors, of the formats that have several; None: the usual ones.
         max_shard_bytes: largest file of a Hugging Face folder.
-        kv_size_multiplier, fuse_qkv, interleaved_kv: see `nxd`.
+        kv_size_multiplier, fuse_qkv, kv_tiled: see `nxd_attention`; only NxD has them.
         log: told what is worth knowing.
     """
 
@@ -67,7 +69,7 @@ class WriteOptions:
     max_shard_bytes: int = 5 * 10**9
     kv_size_multiplier: int | None = None
     fuse_qkv: bool = False
-    interleaved_kv: bool = True
+    kv_tiled: bool = True
     log: Log = print
 
     def padded(self, vocab_size: int) -> int:
