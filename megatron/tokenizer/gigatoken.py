@@ -2,8 +2,9 @@
 
 gigatoken encodes 50 to 200 times faster than `tokenizers` and `sentencepiece`. `obstacle` is a list of what is allowed
 rather than of what is not: the forms of tokenizers over which tests/tokenizer/test_engine.py compares the ids. Left out
-with reason: NFC and the character maps of SentencePiece (libraries carry tables of different Unicode versions), and
-added tokens that take white space along.
+with reason: the character maps of SentencePiece, and added tokens that take white space along. The libraries carry
+tables of different versions of Unicode, by which text is cut into words and normalized; texts with characters that
+these might disagree on go to the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from megatron.tokenizer.base import TextError, Tokenizer, require_unicode
+from megatron.tokenizer.characters import changeable, unknown
 from megatron.tokenizer.flat import FlatEncoder, FlatIds, ListEncoder, interleave, wrap
 
 if TYPE_CHECKING:  # Each needs a library that the other does not.
@@ -47,6 +49,7 @@ SPLIT_PATTERNS = frozenset(
         _o200k(r"\p{N}", ""),
     }
 )
+_NFC = {"type": "NFC"}
 _META = "\u2581"
 _PIECES_NORMALIZER = {
     "type": "Sequence",
@@ -97,7 +100,7 @@ def json_obstacle(config: Mapping[str, Any]) -> str | None:
         if normalizer != _PIECES_NORMALIZER or config.get("pre_tokenizer") is not None:
             return "it changes or cuts text before byte-fallback BPE in a way that is not known to agree"
         return None if model["vocab"].keys() >= _BYTE_PIECES else "its vocabulary lacks bytes"
-    if normalizer is not None:
+    if normalizer not in (None, _NFC):
         return f"it normalizes text ({normalizer['type']})"
     if not _is_known_split(config.get("pre_tokenizer") or {}):
         return "it cuts text into words in a way that is not known to agree"
@@ -138,8 +141,16 @@ class GigatokenEncoder:
         """Load the library; only for tokenizers without an `obstacle`."""
         self._own: FlatEncoder = ListEncoder(tokenizer)
         self._marks: re.Pattern[str] | None = None
+        self._ascii_is_plain = type(tokenizer).__name__ == "FastTokenizer"
         if type(tokenizer).__name__ == "FastTokenizer":
-            self._engine = _engine_of_json(cast("FastTokenizer", tokenizer).backend.to_str())
+            config = json.loads(cast("FastTokenizer", tokenizer).backend.to_str())
+            if config.get("normalizer") == _NFC:
+                # Most texts are in this form and need no table to tell.
+                self._marks = changeable()
+                config["normalizer"] = None
+            elif not config["model"].get("byte_fallback"):
+                self._marks = unknown()
+            self._engine = _engine_of_json(json.dumps(config))
         else:
             tokenizer = cast("PlainPieces", tokenizer)
             self._engine = _engine_of_pieces(tokenizer.model_proto())
@@ -150,7 +161,7 @@ class GigatokenEncoder:
     def __call__(self, texts: Sequence[str]) -> FlatIds:
         """Ids of every text."""
         if self._marks is not None:
-            marked = np.fromiter(map(bool, map(self._marks.search, texts)), np.bool_, len(texts))
+            marked = np.fromiter(map(self._is_marked, texts), np.bool_, len(texts))
             if marked.any():
                 plain = [text for text, mark in zip(texts, marked, strict=True) if not mark]
                 others = [text for text, mark in zip(texts, marked, strict=True) if mark]
@@ -167,6 +178,11 @@ class GigatokenEncoder:
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return wrap(FlatIds(ids, np.diff(offsets)), self._before, self._after)
+
+    def _is_marked(self, text: str) -> bool:
+        if self._ascii_is_plain and text.isascii():
+            return False
+        return self._marks is not None and self._marks.search(text) is not None
 
 
 def _engine_of_json(config: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from megatron.tokenizer import TextError, TokenizerSettings, build_tokenizer
 from megatron.tokenizer.base import TokenizerError
+from megatron.tokenizer.characters import changeable, unknown
 from megatron.tokenizer.engine import choose_engine, first_difference, load_encoder, probes
 from megatron.tokenizer.flat import FlatIds, ListEncoder, append, interleave, prepend, select, strip, wrap
 from megatron.tokenizer.gigatoken import SPLIT_PATTERNS, obstacle
@@ -79,12 +81,20 @@ def _with_bos() -> tokenizers.Tokenizer:
     return engine
 
 
+def _normalizing() -> tokenizers.Tokenizer:
+    """Qwen's form."""
+    engine = _byte_level(_split(sorted(SPLIT_PATTERNS)[0]))
+    engine.normalizer = normalizers.NFC()
+    return engine
+
+
 FORMS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "gpt2": lambda: _byte_level(_LEVEL(add_prefix_space=False)),
     "gpt2 with a space in front": lambda: _byte_level(_LEVEL(add_prefix_space=True)),
     "llama2": _pieces_json,
     "llama3 without merges of whole words": _ignoring_merges,
     "with bos": _with_bos,
+    "qwen with nfc": _normalizing,
     **{
         f"pattern {number}": lambda pattern=pattern: _byte_level(_split(pattern))  # type: ignore[misc]
         for number, pattern in enumerate(sorted(SPLIT_PATTERNS))
@@ -96,6 +106,13 @@ def _settings(engine: tokenizers.Tokenizer, folder: Path, eos: str) -> Tokenizer
     engine.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
     return TokenizerSettings(type="HuggingFaceTokenizer", model=str(folder))
+
+
+def _each_character_between_others(step: int = 1) -> Iterator[str]:
+    """Every character where it matters whether it is a letter, a number, a mark or white space."""
+    for code in range(0, 0x110000, step):
+        if not 0xD800 <= code < 0xE000:
+            yield f"a{chr(code)}a 1{chr(code)}. {chr(code)}"
 
 
 def _all_characters(size: int, step: int = 1) -> Iterator[str]:
@@ -117,6 +134,8 @@ def test_ids_are_those_of_the_tokenizer_itself(form: str, tmp_path: Path) -> Non
     texts = [
         *probes(tokenizer, seed=1),
         *_all_characters(16, step=20),
+        *_each_character_between_others(step=397),
+        *(f"{chr(code)}\u4e00 {chr(code)}" for code in range(0x323B0, 0x33480, 5)),
         *_CORPUS,
         *map("".join, zip(*[iter(added)] * 5, strict=True)),
     ]
@@ -129,6 +148,7 @@ def test_ids_over_all_of_unicode_and_many_strings(form: str, tmp_path: Path) -> 
     tokenizer = build_tokenizer(_settings(FORMS[form](), tmp_path, "</s>" if form == "llama2" else EOD))
     encoder = load_encoder(tokenizer, "gigatoken")
     assert first_difference(tokenizer, encoder, list(_all_characters(16))) is None
+    assert first_difference(tokenizer, encoder, list(_each_character_between_others())) is None
     for seed in range(2, 6):
         assert first_difference(tokenizer, encoder, list(probes(tokenizer, seed=seed, number=10_000))) is None
 
@@ -165,7 +185,7 @@ def _refused(change: Callable[[tokenizers.Tokenizer], None], folder: Path) -> st
 
 def test_forms_that_may_differ_stay_with_the_tokenizer_itself(tmp_path: Path) -> None:
     def normalize(engine: tokenizers.Tokenizer) -> None:
-        engine.normalizer = normalizers.NFC()
+        engine.normalizer = normalizers.NFKC()
 
     def strip_spaces(engine: tokenizers.Tokenizer) -> None:
         engine.add_special_tokens([AddedToken("<x>", lstrip=True, special=True)])
@@ -176,7 +196,7 @@ def test_forms_that_may_differ_stay_with_the_tokenizer_itself(tmp_path: Path) ->
     def digits(engine: tokenizers.Tokenizer) -> None:
         engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), _LEVEL()])
 
-    assert "since gigatoken may not stand in for it: it normalizes text (NFC)" in _refused(normalize, tmp_path)
+    assert "since gigatoken may not stand in for it: it normalizes text (NFKC)" in _refused(normalize, tmp_path)
     assert "takes white space along" in _refused(strip_spaces, tmp_path)
     assert "cuts text into words in a way that is not known" in _refused(cut_otherwise, tmp_path)
     assert "cuts text into words in a way that is not known" in _refused(digits, tmp_path)
@@ -202,6 +222,36 @@ def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(_settings(_byte_level(_LEVEL(add_prefix_space=False)), tmp_path, EOD))
     with pytest.raises(TextError, match="lone surrogate at character 1"):
         load_encoder(tokenizer, "gigatoken")(["fine", "a\ud800"])
+
+
+def test_characters_of_other_unicode_versions_are_known() -> None:
+    pattern = unknown()
+    assert not any(map(pattern.search, ["a", "\u00e4", "\u6f22", "\U0001f600", "\U00020000", "\ue000", "\n\x00"]))
+    # A letter since Unicode 17, one of no version yet, one that will never be one, and the last of all.
+    assert all(map(pattern.search, ["\U000323b0", "\U0003fff0", "\uffff", "\U0010ffff"]))
+
+
+def test_texts_that_normalization_leaves_alone_are_known() -> None:
+    pattern = changeable()
+    plain = [
+        "def f(x):\n",
+        "na\u00efve",
+        "\u6f22\u5b57\u304b\u306a",
+        "\uc548\ub155",
+        "\U0001f600",
+        "\u043c\u0438\u0440",
+        "",
+    ]
+    assert not any(map(pattern.search, plain))
+    changed = ["e\u0301", "\u1100\u1161", "\u212b", "\u0958", "\u09c7\u09be", "\u304b\u3099", "\U0001d15e", "\ufa10"]
+    assert all(map(pattern.search, changed))
+    rng = random.Random(0)
+    for _ in range(20_000):
+        limit = rng.choice((0x400, 0x3100, 0x10000, 0x110000))
+        codes = [rng.randrange(limit) for _ in range(4)]
+        text = "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+        if not pattern.search(text):
+            assert unicodedata.is_normalized("NFC", text)
 
 
 def _flat(rows: list[list[int]]) -> FlatIds:
