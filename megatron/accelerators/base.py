@@ -17,8 +17,6 @@ class Capabilities:
     """Floating point types that matrix products run in natively."""
     async_collectives: bool = True
     """`all_reduce(async_op=True)` really overlaps with computation."""
-    average_collectives: bool = True
-    """Collectives can average; otherwise they can sum, and the caller divides."""
     pinned_memory: bool = False
     """Copies from page-locked host memory are faster and can overlap with computation."""
     step_boundary_per_micro_step: bool = False

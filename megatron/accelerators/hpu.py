@@ -55,7 +55,7 @@ class Hpu:
     def capabilities(self) -> Capabilities:
         """No float64 matrix products; lazy mode wants its graph cut after every micro-step."""
         dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16})
-        return Capabilities(dtypes=dtypes, step_boundary_per_micro_step=is_lazy(), average_collectives=False)
+        return Capabilities(dtypes=dtypes, step_boundary_per_micro_step=is_lazy())
 
     def unavailable_reason(self) -> str:
         """Why no Gaudi card can be used; empty when one can."""

@@ -43,7 +43,6 @@ class NeuronXla:
         return Capabilities(
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
             async_collectives=False,
-            average_collectives=False,
             step_boundary_per_micro_step=True,
         )
 

@@ -67,7 +67,10 @@ def shard_data_parallel(
     policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=s.reduce_dtype, cast_forward_inputs=False)
     mesh = groups.data_parallel_mesh()
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=s.stage == 3)
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=s.stage == 3)
+        # Losses are divided by all tokens, so gradients are summed; and not every device's collectives can average.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "weight_gradients")
     return True
 
@@ -178,8 +181,7 @@ class NativeEngine:
     def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> float:
         """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss."""
         tokens = count_tokens(microbatches, self._groups, self._device)
-        # FSDP2 averages over data-parallel ranks; the sum is wanted.
-        weight = self.loss_scale.value * self._groups.dp_cp.size / tokens
+        weight = self.loss_scale.value / tokens
         loss_sum = self._pipeline.train(microbatches, weight)
         if self._tied is not None:
             self._tied.collect_gradient()
