@@ -58,6 +58,22 @@ def recomputed_bytes(case: Case, layers: int) -> int:
     return group * layer_bytes(case) - hidden_bytes(case)
 
 
+def deferred_bytes(case: Case) -> int:
+    """What a layer keeps when the gradients of its weights are left for later: arguments of the products."""
+    arch, t, rows = case.arch, case.tp, case.tokens
+    query = rows * arch.num_heads * arch.head_dim // t * case.itemsize
+    key = rows * case.kv_heads * arch.head_dim * case.itemsize
+    inner = rows * arch.ffn_hidden_size // t * case.itemsize
+    inputs = 2 * _normed(case) + query + inner
+    results = 2 * rows * arch.hidden_size * case.itemsize
+    return inputs + query + 2 * key + (2 if arch.gated else 1) * inner + results
+
+
+def deferred_head_bytes(case: Case) -> int:
+    """The same for the head: its input and the gradient of the logits."""
+    return _normed(case) + logits_bytes(case)
+
+
 def hidden_bytes(case: Case) -> int:
     """Hidden states between two layers."""
     return case.tokens // case.split * case.arch.hidden_size * _residual_itemsize(case)

@@ -143,7 +143,7 @@ def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> C
     """
     arch = architecture(settings, vocab_size)
     pp, ulysses = settings["pipeline_model_parallel_size"], settings["ds_sequence_parallel_size"]
-    chunks = _chunks(settings)
+    schedule: ScheduleName = settings["pipeline_schedule"]
     deepspeed = settings["deepspeed"]
     return Case(
         arch=arch,
@@ -156,8 +156,8 @@ def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> C
         ),
         ulysses=ulysses,
         sequence_parallel=settings["sequence_parallel"],
-        stages=StageLayout(pp, even_layers(arch.num_layers, pp * chunks)),
-        schedule=_schedule(settings, chunks),
+        stages=StageLayout(pp, settings["pipeline_stage_layers"], "vee" if schedule == "zbv" else "loop"),
+        schedule=schedule,
         engine="deepspeed" if deepspeed else "native",
         zero_stage=settings["zero_stage" if deepspeed else "zero_stage_native"],
         replicas=settings["num_distributed_optimizer_instances"],
@@ -177,25 +177,6 @@ def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> C
         documents=settings["reset_attention_mask"],
         compiled=settings["use_torch_compile"],
     )
-
-
-def even_layers(num_layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage; where they differ, the first and the last stage, which have more to do, get fewer."""
-    share, rest = divmod(num_layers, stages)
-    first = (stages - rest + 1) // 2
-    return tuple(share + (first <= stage < first + rest) for stage in range(stages))
-
-
-def _chunks(settings: Mapping[str, Any]) -> int:
-    """Virtual stages of each pipeline rank."""
-    layers = settings["num_layers_per_virtual_pipeline_stage"]
-    return 1 if layers is None else settings["num_layers"] // settings["pipeline_model_parallel_size"] // layers
-
-
-def _schedule(settings: Mapping[str, Any], chunks: int) -> ScheduleName:
-    if settings["enable_zbh1_pipeline"]:
-        return "zero-bubble"
-    return "interleaved" if chunks > 1 else "1f1b"
 
 
 def _moments(settings: Mapping[str, Any]) -> int:

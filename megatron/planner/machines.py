@@ -42,6 +42,8 @@ class Machine:
     """Share of the peak that a very large matrix product reaches."""
     knee: float
     """Smallest side of a matrix product at which half of that is lost to the start and end of the kernel's pipeline."""
+    fp8_matmul: float = 0.7
+    """The same share of the FP8 peak."""
     attention: tuple[float, float]
     """Share of the peak of a fused attention kernel, forward and backward, causal, head dim 128."""
     memory: int
@@ -54,7 +56,9 @@ class Machine:
     between: float
     """Bytes per second, per rank and direction, between nodes."""
     latency: float = 12e-6
-    """Seconds until a collective inside a node begins to move data; twice that between nodes."""
+    """Seconds until a collective inside a node begins to move data; twice that between nodes (assumed)."""
+    hop: float = 5e-6
+    """Seconds from node to node of a ring (assumed: a network's latency and a pass through memory)."""
     sources: tuple[str, ...] = ()
 
     @property
@@ -75,6 +79,7 @@ _H100 = Machine(
     fp8_peak=1978.9 * _TERA,
     fp32_peak=66.9 * _TERA,
     matmul=0.803,
+    fp8_matmul=0.709,
     knee=412,
     attention=(0.53, 0.51),
     memory=85 * _GB,
@@ -136,6 +141,7 @@ _GAUDI2 = Machine(
     fp8_peak=865 * _TERA,
     fp32_peak=108 * _TERA,
     matmul=0.969,
+    fp8_matmul=0.955,
     knee=245,
     attention=(0.45, 0.40),
     memory=int(94.6 * _GIB),
@@ -158,6 +164,7 @@ _GAUDI3 = Machine(
     fp8_peak=1677 * _TERA,
     fp32_peak=229 * _TERA,
     matmul=0.741,
+    fp8_matmul=0.769,
     knee=635,
     attention=(0.35, 0.30),
     memory=126 * _GB,

@@ -15,15 +15,13 @@ One data-parallel rank in float32 has no second copy of its weights: 4 N, 4 N, 8
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron.mpu.pipeline import StageLayout
-from megatron.mpu.schedule import ScheduleName, Task, order_tasks
 from megatron.planner import activations
 from megatron.planner.case import Case
 from megatron.planner.parameters import Unit, units_of
+from megatron.planner.stages import held_at_once
 
 PARTS = ("weights", "master weights", "optimizer", "gradients", "activations", "logits and loss", "working memory")
 _CHUNK_TP = 2**24
@@ -112,9 +110,10 @@ def _native(case: Case, units: Sequence[Unit]) -> _State:
     e, g, d = case.itemsize, case.grad_itemsize, case.shards
     layers, rest = units[:-1], units[-1]
     whole, share = sum(unit.elements for unit in units), sum(unit.shard(d) for unit in units)
-    kept = {"master weights": 4 * share, "optimizer": 4 * case.moments * share}
+    moments = 4 * case.moments * sum(unit.optimized(d) for unit in units)
+    kept = {"master weights": 4 * share, "optimizer": moments}
     if case.data_ranks == 1 and e == 4:
-        running = {"weights": 4 * share, "optimizer": 4 * case.moments * share, "gradients": 4 * share}
+        running = {"weights": 4 * share, "optimizer": moments, "gradients": 4 * share}
         return _State(running=running, finishing=running, updating=running, reduction=0)
     largest = max((unit.elements for unit in layers), default=0)
     several = case.microbatches > 1
@@ -179,10 +178,20 @@ def _backward_of_a_layer(case: Case) -> int:
 
 def _held(case: Case, pipeline_rank: int) -> tuple[int, float]:
     """Bytes of all activations that are held at once, and of how many micro-batches they are."""
-    per_stage = {stage: stage_activations(case, stage) for stage in case.stages.stages_of(pipeline_rank)}
-    most = held_at_once(case.schedule, case.stages, case.microbatches, pipeline_rank)
-    held = max(sum(per_stage[stage] * count for stage, count in counts) for counts in most)
-    return held, held / max(1, sum(per_stage.values()))
+    stages = case.stages.stages_of(pipeline_rank)
+    whole = {stage: stage_activations(case, stage) for stage in stages}
+    later = {stage: case.stages.layers[stage] * activations.deferred_bytes(case) for stage in stages}
+    if case.stages.last in later:
+        later[case.stages.last] += activations.deferred_head_bytes(case)
+    sets = held_at_once(case.schedule, case.stages, case.microbatches)[pipeline_rank]
+    held = max(sum(whole[at.stage] * at.running + later[at.stage] * at.deferred for at in found) for found in sets)
+    received = 0 if case.pp == 1 else 2 * activations.hidden_bytes(case)
+    return held + received + _batches(case), held / max(1, sum(whole.values()))
+
+
+def _batches(case: Case) -> int:
+    """All micro-batches of a step: tokens, labels and the mask of the loss."""
+    return case.microbatches * case.seq_length * case.micro_batch * (8 + 8 + 4)
 
 
 def stage_activations(case: Case, stage: int) -> int:
@@ -192,36 +201,4 @@ def stage_activations(case: Case, stage: int) -> int:
         held += activations.total(activations.embedding(case))
     if stage == case.stages.last:
         held += activations.total(activations.head(case))
-    else:
-        held += activations.hidden_bytes(case)  # what was sent on stays until its gradient comes
     return held
-
-
-@functools.cache
-def held_at_once(
-    name: ScheduleName, layout: StageLayout, microbatches: int, rank: int
-) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """The largest sets of activations that a rank holds at once: of each, (stage, micro-batches) pairs.
-
-    Sets that are part of a larger one are left out. All schedules but GPipe reach them within a few rounds.
-    """
-    count = microbatches if name == "gpipe" else min(microbatches, 4 * layout.ranks)
-    now = dict.fromkeys(layout.stages_of(rank), 0)
-    seen: set[tuple[tuple[int, int], ...]] = set()
-    tasks = order_tasks(name, layout, count)[rank]
-    for number, task in enumerate(tasks):
-        if task.kind == "F":
-            now[task.stage] += 1
-            if _is_last_forward_for_now(tasks, number):
-                seen.add(tuple(now.items()))
-        elif task.kind in ("B", "W"):
-            now[task.stage] -= 1
-    return tuple(sets for sets in seen if not any(other != sets and _covers(other, sets) for other in seen))
-
-
-def _is_last_forward_for_now(tasks: Sequence[Task], number: int) -> bool:
-    return number + 1 == len(tasks) or tasks[number + 1].kind != "F"
-
-
-def _covers(larger: tuple[tuple[int, int], ...], smaller: tuple[tuple[int, int], ...]) -> bool:
-    return all(a[1] >= b[1] for a, b in zip(larger, smaller, strict=True))

@@ -14,6 +14,7 @@ from megatron.mpu.pipeline import StageLayout
 from megatron.mpu.topology import Place, Topology
 from megatron.ops import reference_ops
 from megatron.planner.case import Case
+from megatron.training import tied
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Unit:
     Attributes:
         name: "layers.3", or "rest" for embedding, final norm and head.
         shapes: local shape of each parameter.
+        copies: those of them that are copies of parameters of another stage, for which the optimizer keeps nothing.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
+    copies: tuple[tuple[int, ...], ...] = ()
 
     @property
     def elements(self) -> int:
@@ -35,18 +38,23 @@ class Unit:
 
     def shard(self, ranks: int) -> int:
         """Numbers that one of `ranks` ranks holds when every parameter is cut along dimension 0, with padding."""
-        return sum(-(-shape[0] // ranks) * _product(shape[1:]) for shape in self.shapes)
+        return _share(self.shapes, ranks)
+
+    def optimized(self, ranks: int) -> int:
+        """The same without the copies."""
+        return _share(self.shapes, ranks) - _share(self.copies, ranks)
 
 
 def units_of(case: Case, pipeline_rank: int) -> tuple[Unit, ...]:
     """The parameters of the ranks at one place of the pipeline: its layers, then the rest."""
     layers: list[Unit] = []
-    rest: list[tuple[int, ...]] = []
+    rest: list[Unit] = []
     for stage in case.stages.stages_of(pipeline_rank):
         found = _stage(case.arch, case.tp, case.stages, stage)
         layers += found[:-1]
-        rest += found[-1].shapes
-    return (*layers, Unit("rest", tuple(rest)))
+        rest.append(found[-1])
+    shapes = tuple(shape for unit in rest for shape in unit.shapes)
+    return (*layers, Unit("rest", shapes, tuple(shape for unit in rest for shape in unit.copies)))
 
 
 def build_rank(case: Case, rank: int) -> list[GPT]:
@@ -92,8 +100,10 @@ def _stage(arch: Architecture, tp: int, stages: StageLayout, stage: int) -> tupl
     """The units of a stage; parameters do not depend on the data-parallel or context-parallel ranks."""
     model = _meta_model(arch, rank_groups(Topology(tp, tp=tp), 0), stages, stage)
     layers = tuple(Unit(f"layers.{number}", _shapes(layer)) for number, layer in model.layers.items())
-    rest = [tuple(weight.shape) for name, weight in model.named_parameters() if not name.startswith("layers.")]
-    return (*layers, Unit("rest", tuple(rest)))
+    rest = {name: weight.shape for name, weight in model.named_parameters() if not name.startswith("layers.")}
+    copied = arch.tied_embeddings and stage == stages.last > 0
+    copies = (tuple(rest[tied.NAME]),) if copied else ()
+    return (*layers, Unit("rest", tuple(tuple(shape) for shape in rest.values()), copies))
 
 
 def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, stage: int) -> GPT:
@@ -116,6 +126,10 @@ def _with_own_heads(arch: Architecture, tp: int) -> Architecture:
 
 def _shapes(module: torch.nn.Module) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(weight.shape) for weight in module.parameters())
+
+
+def _share(shapes: tuple[tuple[int, ...], ...], ranks: int) -> int:
+    return sum(-(-shape[0] // ranks) * _product(shape[1:]) for shape in shapes)
 
 
 def _product(shape: tuple[int, ...]) -> int:

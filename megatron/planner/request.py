@@ -16,7 +16,7 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.derive import derive
 from megatron.config.logging import LoggingConfig
 from megatron.config.parallel import ParallelConfig
-from megatron.config.parser import ConfigError, all_options, read, shown
+from megatron.config.parser import ConfigError, all_options, defaults, read, shown
 from megatron.config.presets import PRESETS
 from megatron.config.run import parse
 
@@ -34,7 +34,7 @@ def _names(section: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(section))
 
 
-LAYOUT = _names(ParallelConfig) | {"micro_batch_size", "global_batch_size"}
+LAYOUT = _names(ParallelConfig) | {"micro_batch_size", "global_batch_size", "eval_micro_batch_size"}
 _UNUSED = _names(CheckpointConfig) | _names(LoggingConfig) | frozenset(_SOURCES)
 
 
@@ -126,14 +126,17 @@ def _fill(kept: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[tuple[str,
 def resolve(request: Request, changes: Mapping[str, Any] | None = None) -> Resolved:
     """Complete settings of the request with some settings of the layout (or others) changed."""
     layout = {**request.layout, **(changes or {})}
-    unset = {name: None for name in ("global_batch_size", "eval_micro_batch_size") if name not in layout}
+    start = defaults()
+    unset = {name: start[name] for name in LAYOUT}
     settings = {**request.values, **unset, **layout, "world_size": request.world_size}
-    given = request.given | layout.keys()
-    settings, _ = derive(settings, frozenset(given))
+    given = request.given | {name for name, value in layout.items() if value is not None and value is not False}
+    if layout.get("recompute_granularity", "full") != "full":
+        given -= {"recompute_method", "recompute_num_layers"}
+    settings, _ = derive(settings, given)
     if request.rounds_batch:
         share = settings["micro_batch_size"] * settings["data_parallel_size"]
         settings["global_batch_size"] = -(-settings["global_batch_size"] // share) * share
-    impossible = list(rules.violations(settings, frozenset(given)))
+    impossible = list(rules.violations(settings, given))
     replicated = _replicated_heads(settings)
     missing = list(rules.not_yet(settings, shown))
     if replicated:

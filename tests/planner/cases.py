@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from megatron.config.architecture import Architecture
+from megatron.config.run import RunConfig, parse
+from megatron.data.batch import Batch
 from megatron.model.setting import RecomputePlan
 from megatron.mpu.pipeline import StageLayout
 from megatron.mpu.topology import Topology
-from megatron.planner.case import Case, Kernels
+from megatron.planner.case import Case, Kernels, case_of
 from megatron.planner.machines import MACHINES
+from megatron.planner.request import read_request, resolve
 
 LLAMA: dict[str, Any] = {
     "num_layers": 3,
@@ -47,4 +54,41 @@ def case(arch: dict[str, Any] | None = None, *, world: int = 1, tp: int = 1, pp:
         stages=StageLayout(pp, layers),
         recompute=recompute,
         **values,
+    )
+
+
+FLAGS = (
+    *("--num-layers", "6", "--hidden-size", "128", "--num-attention-heads", "8", "--num-key-value-heads", "4"),
+    *("--ffn-hidden-size", "384", "--max-position-embeddings", "512", "--vocab-size", "511"),
+    *("--position-embedding-type", "rope", "--normalization", "rmsnorm", "--swiglu", "--disable-bias-linear"),
+    *("--untie-embeddings-and-output-weights", "--attention-dropout", "0", "--hidden-dropout", "0"),
+    *("--make-vocab-size-divisible-by", "8", "--op", "attention=sdpa", "--lr", "1e-3", "--train-iters", "2"),
+    *("--tokenizer-type", "NullTokenizer", "--mock-data", "--seq-length", "16", "--micro-batch-size", "1"),
+)
+_VOCABULARY = 512
+_CPU_LOGITS = 2**17
+
+
+def planned(flags: Sequence[str], world: int) -> tuple[RunConfig, Case]:
+    """The settings of a run of a small LLaMA on the CPU, and its plan."""
+    argv = [*FLAGS, *flags]
+    request = read_request(argv, world)
+    resolved = resolve(request)
+    assert not resolved.impossible
+    found = case_of(resolved.settings, _VOCABULARY, MACHINES["h100"])
+    kernels = dataclasses.replace(found.kernels, dropout_mask=found.itemsize, loss_chunk=_CPU_LOGITS)
+    return parse(argv, {"WORLD_SIZE": str(world)}), dataclasses.replace(found, kernels=kernels)
+
+
+def batch(config: RunConfig) -> Batch:
+    """A micro-batch of such a run."""
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    tokens = torch.randint(0, _VOCABULARY, shape)
+    return Batch(
+        tokens=tokens,
+        labels=tokens,
+        loss_mask=torch.ones(shape),
+        position_ids=None,
+        document_ids=None,
+        dropout_seed=1,
     )

@@ -1,0 +1,270 @@
+"""What a rank sends in one training step, collective by collective.
+
+Tests trace the real model and engine and find the same collectives. Payloads are bytes of the whole tensor that a
+collective is about: the input of an all-reduce, the joined result of an all-gather. In a ring of k ranks each rank
+sends (k-1)/k of it, or twice that in an all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.planner import activations
+from megatron.planner.case import Case
+from megatron.planner.machines import LINK_EFFICIENCY
+from megatron.planner.parameters import Unit, units_of
+
+Axis = Literal["tensor", "context", "data", "copies", "pipeline"]
+"""Whom a rank talks to. "data" are the ranks that share one copy of the training state, "copies" hold the same part."""
+Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind in one step.
+
+    Attributes:
+        axis: the ranks that take part.
+        operation: the collective.
+        what: what is sent.
+        payload: bytes of each.
+        calls: how many there are per step, over all micro-batches.
+        ranks: members of the group.
+    """
+
+    axis: Axis
+    operation: Operation
+    what: str
+    payload: int
+    calls: float
+    ranks: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one rank sends in a step."""
+        return self.calls * sent_once(self.operation, self.payload, self.ranks)
+
+
+def sent_once(operation: Operation, payload: float, ranks: int) -> float:
+    """Bytes that one of `ranks` ranks sends in one collective."""
+    if operation == "send":
+        return payload
+    return payload * (ranks - 1) / ranks * (2 if operation == "all-reduce" else 1)
+
+
+def step_traffic(case: Case, pipeline_rank: int) -> tuple[Traffic, ...]:
+    """Everything that a rank at one place of the pipeline sends in a step."""
+    found = (
+        *_tensor(case, pipeline_rank),
+        *_context(case, pipeline_rank),
+        *data_traffic(case, units_of(case, pipeline_rank)),
+        *_pipeline(case, pipeline_rank),
+    )
+    return tuple(traffic for traffic in found if traffic.ranks > 1 and traffic.calls > 0)
+
+
+def seconds(case: Case, axis: Axis, operation: Operation, payload: float) -> float:
+    """Time of one collective over an axis."""
+    ranks, _ = _ring(case, axis)
+    if ranks == 1 or payload == 0:
+        return 0.0
+    bandwidth, latency = link(case, axis)
+    return latency + sent_once(operation, payload, ranks) / bandwidth
+
+
+def link(case: Case, axis: Axis) -> tuple[float, float]:
+    """Bytes per second that a rank sends at in collectives over an axis, and their latency in seconds.
+
+    Ranks of a group that share a node use all their links to other nodes for the group's ring, which goes round all
+    nodes once.
+    """
+    machine = case.machine
+    ranks, stride = _ring(case, axis)
+    in_node = max(1, machine.ranks_per_node // stride)
+    if ranks <= in_node:
+        return machine.inside * LINK_EFFICIENCY, machine.latency
+    if axis == "pipeline":
+        return machine.between * LINK_EFFICIENCY, 2 * machine.latency
+    nodes = ranks / in_node
+    bandwidth = min(machine.inside, in_node * machine.between) * LINK_EFFICIENCY
+    return bandwidth, 2 * machine.latency + machine.hop * nodes
+
+
+def _ring(case: Case, axis: Axis) -> tuple[int, int]:
+    """Ranks of a group along an axis, and how far apart they are numbered."""
+    own_copy = case.shards if case.shards > 1 else 1
+    return {
+        "tensor": (case.tp, 1),
+        "context": (case.cp, case.tp),
+        "data": (case.shards, case.tp),
+        "copies": (case.data_ranks // case.shards, case.tp * own_copy),
+        "pipeline": (case.pp, case.topology.world_size // case.pp),
+    }[axis]
+
+
+def hidden_payload(case: Case) -> int:
+    """Hidden states of all tokens of a micro-batch in the model's dtype: what tensor parallelism sends."""
+    return case.tokens * case.arch.hidden_size * case.itemsize
+
+
+def _tensor(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
+    """Tensor and sequence parallelism (arXiv:1909.08053, arXiv:2205.05198)."""
+    stages = case.stages.stages_of(pipeline_rank)
+    layers = sum(case.stages.layers[stage] for stage in stages)
+    first, last = int(0 in stages), int(case.stages.last in stages)
+    inputs, results = 2 * layers + last, 2 * layers + first
+    inputs_again, results_again = _again(case, stages)
+    hidden = hidden_payload(case)
+    if case.sequence_parallel:
+        calls: list[tuple[Operation, str, int, int]] = [
+            ("all-gather", "inputs of layers", hidden, inputs + inputs_again),
+            ("reduce-scatter", "results of layers", hidden, results + results_again),
+            ("all-gather", "gradients of results", hidden, results),
+            ("all-gather", "inputs of layers, for the gradients of weights", hidden, inputs),
+            ("reduce-scatter", "gradients of inputs", hidden, inputs),
+        ]
+    else:
+        calls = [
+            ("all-reduce", "results of layers", hidden, results + results_again),
+            ("all-reduce", "gradients of inputs", hidden, inputs),
+        ]
+    calls += _replicated(case, layers, first, last)
+    calls += [
+        ("all-reduce", "loss: largest logit", case.tokens * 4, last),
+        ("all-reduce", "loss: sums", case.tokens * 8, last),
+    ]
+    return [
+        Traffic(
+            axis="tensor",
+            operation=operation,
+            what=what,
+            payload=payload,
+            calls=number * case.microbatches,
+            ranks=case.tp,
+        )
+        for operation, what, payload, number in calls
+    ]
+
+
+def _again(case: Case, stages: Sequence[int]) -> tuple[int, int]:
+    """Inputs gathered and results summed once more by recomputation, which stops before the group's last sum."""
+    plan = case.recompute
+    if plan.granularity != "full":
+        return 0, 0
+    inputs = results = 0
+    for stage in stages:
+        layers = case.stages.layers[stage]
+        run = layers if plan.method == "uniform" else min(plan.num_layers, layers)
+        groups = -(-layers // plan.num_layers) if plan.method == "uniform" else run
+        inputs, results = inputs + 2 * run, results + 2 * run - groups
+    return (inputs if case.sequence_parallel else 0), results
+
+
+def _replicated(case: Case, layers: int, first: int, last: int) -> list[tuple[Operation, str, int, int]]:
+    """Gradients of parameters that all tensor-parallel ranks hold but use for some tokens or heads only."""
+    arch = case.arch
+    calls: list[tuple[Operation, str, int, int]] = []
+    weights = 2 if arch.norm == "layernorm" else 1
+    if arch.qk_norm:
+        heads = arch.head_dim * case.itemsize
+        calls.append(("all-reduce", "gradients of query and key norms", heads, 2 * layers))
+    if case.sequence_parallel:
+        norms = 2 * layers + last + (first if arch.embedding_norm else 0)
+        biases = 2 * layers if arch.linear_bias else 0
+        vector = arch.hidden_size * case.itemsize
+        calls.append(("all-reduce", "gradients of norms and biases", vector, weights * norms + biases))
+        if arch.position == "learned":
+            calls.append(("all-reduce", "gradient of positions", arch.max_positions * vector, first))
+    return calls
+
+
+def _context(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
+    """Sequences split over ranks: heads change owners (Ulysses), keys and values go round (ring)."""
+    stages = case.stages.stages_of(pipeline_rank)
+    layers = sum(case.stages.layers[stage] for stage in stages)
+    again = layers if case.recompute.granularity != "none" else 0
+    key = case.tokens * case.kv_heads * case.arch.head_dim * case.itemsize
+    query = case.tokens * case.arch.num_heads // case.tp * case.arch.head_dim * case.itemsize
+    ring = case.cp // case.ulysses
+    turns = (2 * layers + again) * case.microbatches
+    return [
+        Traffic(
+            axis="context",
+            operation="all-to-all",
+            what="queries, keys, values and results",
+            payload=2 * query + 2 * key,
+            calls=turns,
+            ranks=case.ulysses,
+        ),
+        # Backward, the gradients of keys and values go round with them.
+        Traffic(
+            axis="context",
+            operation="send",
+            what="keys and values",
+            payload=2 * key,
+            calls=(ring - 1) * (turns + layers * case.microbatches),
+            ranks=ring,
+        ),
+    ]
+
+
+def data_traffic(case: Case, units: Sequence[Unit]) -> list[Traffic]:
+    """What data parallelism sends: weights are gathered, gradients reduced, over shards and over copies."""
+    shards, count = case.shards, case.microbatches
+    padded = sum(unit.shard(shards) for unit in units) * shards
+    weights, gradients = case.itemsize * padded, case.grad_itemsize * padded
+    if case.engine == "deepspeed":
+        return [_state(case, *call) for call in _deepspeed(case, padded)]
+    every = count if case.zero_stage >= 2 else 1
+    gathers = 2 * count if case.zero_stage == 3 else 1
+    return [
+        _state(case, "all-gather", "weights", weights, gathers),
+        _state(case, "reduce-scatter", "gradients", gradients, every),
+        _state(case, "all-reduce", "gradients of copies", gradients // shards, every),
+    ]
+
+
+def _state(case: Case, operation: Operation, what: str, payload: int, calls: int) -> Traffic:
+    axis: Axis = "copies" if what == "gradients of copies" else "data"
+    ranks, _ = _ring(case, axis)
+    return Traffic(axis=axis, operation=operation, what=what, payload=payload, calls=calls, ranks=ranks)
+
+
+def _deepspeed(case: Case, elements: int) -> list[tuple[Operation, str, int, int]]:
+    weights, count = case.itemsize * elements, case.microbatches
+    if case.zero_stage == 0:
+        return [("all-reduce", "gradients", 4 * elements, 1)]
+    if case.zero_stage == 1:
+        summed = case.grad_itemsize if case.itemsize == 2 else 4
+        return [("all-reduce", "gradients", summed * elements, 1), ("all-gather", "weights", weights, 1)]
+    if case.zero_stage == 2:
+        return [("reduce-scatter", "gradients", weights, count), ("all-gather", "weights", weights, 1)]
+    return [("all-gather", "weights", weights, 2 * count), ("reduce-scatter", "gradients", weights, count)]
+
+
+def _pipeline(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
+    """Hidden states to the next stage, their gradients to the one before, and the gradient of a shared embedding."""
+    layout = case.stages
+    stages = layout.stages_of(pipeline_rank)
+    forward = sum(stage < layout.last and layout.rank_of(stage + 1) != pipeline_rank for stage in stages)
+    backward = sum(stage > 0 and layout.rank_of(stage - 1) != pipeline_rank for stage in stages)
+    hidden = activations.hidden_bytes(case)
+    found = [
+        Traffic(
+            axis="pipeline",
+            operation="send",
+            what=what,
+            payload=hidden,
+            calls=number * case.microbatches,
+            ranks=case.pp,
+        )
+        for what, number in (("hidden states", forward), ("gradients of hidden states", backward))
+    ]
+    ends = (layout.rank_of(0), layout.rank_of(layout.last))
+    if case.arch.tied_embeddings and ends[0] != ends[1] and pipeline_rank in ends:
+        what = "shared embedding" if pipeline_rank == ends[0] else "gradient of the shared embedding"
+        table = case.arch.hidden_size * -(-(case.arch.padded_vocab_size // case.tp) // case.shards)
+        found.append(Traffic(axis="pipeline", operation="send", what=what, payload=4 * table, calls=1, ranks=case.pp))
+    return found

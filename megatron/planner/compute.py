@@ -1,0 +1,204 @@
+"""How long one rank computes: matrix products, attention, and everything that only moves data.
+
+Legend as in `megatron.planner.activations`; m, n, k are the sides of a matrix product. A product of finite size runs at
+`peak * matmul / (1 + knee / min(m, n, k))`; no product or element-wise kernel is quicker than its memory traffic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.planner import activations
+from megatron.planner.case import Case
+from megatron.planner.machines import MEMORY_EFFICIENCY, Machine
+from megatron.training.flops import attention_pairs
+
+_BACKWARD_ATTENTION = 2.5
+"""Operations of a fused attention kernel's backward pass, relative to its forward pass: five products for two."""
+_REFERENCE_HEAD_DIM = 128
+_HEAD_DIM_KNEE = 64
+"""Fused attention at head dim 64 runs at 0.75 of its rate at 128 (FlashAttention-3 paper): d / (d + 64)."""
+_SCORES_ACCESSES = 10
+"""Float32 reads and writes per score of unfused attention: scale, mask and softmax, or their backward passes."""
+_LOSS_FORWARD, _LOSS_BACKWARD = 30, 24
+"""Bytes moved per logit by the chunked cross entropy: its float32 passes over each chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Time of a forward or backward pass, by what it is spent on."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.matmul + self.attention + self.other
+
+    def __add__(self, more: Seconds) -> Seconds:
+        return Seconds(
+            matmul=self.matmul + more.matmul,
+            attention=self.attention + more.attention,
+            other=self.other + more.other,
+        )
+
+    def times(self, factor: float) -> Seconds:
+        """The same `factor` times."""
+        return Seconds(matmul=self.matmul * factor, attention=self.attention * factor, other=self.other * factor)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer's product on one rank: [rows, inputs] times [inputs, outputs]."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+
+def product_seconds(case: Case, product: Product, *, fp8: bool = False) -> float:
+    """Time of one matrix product: the forward pass, or either of the two in the backward pass."""
+    machine = case.machine
+    flops = 2.0 * product.rows * product.inputs * product.outputs
+    side = min(product.rows, product.inputs, product.outputs)
+    rate = _best_rate(case, fp8=fp8) / (1.0 + machine.knee / side)
+    elements = product.rows * (product.inputs + product.outputs) + product.inputs * product.outputs
+    return max(flops / rate, moved(machine, elements * case.itemsize))
+
+
+def moved(machine: Machine, size: float) -> float:
+    """Time of an element-wise kernel that reads and writes `size` bytes in all."""
+    return size / (machine.bandwidth * MEMORY_EFFICIENCY)
+
+
+def _best_rate(case: Case, *, fp8: bool) -> float:
+    machine = case.machine
+    if fp8 and machine.fp8_peak is not None:
+        return machine.fp8_peak * machine.fp8_matmul
+    return (machine.fp32_peak if case.itemsize == 4 else machine.peak) * machine.matmul
+
+
+def column_products(case: Case) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+    """Products that share an input: query, key and value; and the feed-forward block's one or two."""
+    arch, rows = case.arch, case.tokens
+    query = arch.num_heads * arch.head_dim // case.tp
+    key = Product(rows, arch.hidden_size, case.kv_heads * arch.head_dim)
+    inner = Product(rows, arch.hidden_size, arch.ffn_hidden_size // case.tp)
+    return (Product(rows, arch.hidden_size, query), key, key), (inner,) * (2 if arch.gated else 1)
+
+
+def row_products(case: Case) -> tuple[Product, Product]:
+    """Products behind attention and behind the activation."""
+    arch, rows = case.arch, case.tokens
+    query = arch.num_heads * arch.head_dim // case.tp
+    return Product(rows, query, arch.hidden_size), Product(rows, arch.ffn_hidden_size // case.tp, arch.hidden_size)
+
+
+def layer_forward(case: Case) -> Seconds:
+    """One layer's forward pass."""
+    qkv, inner = column_products(case)
+    products = (*qkv, *inner, *row_products(case))
+    matmul = sum(product_seconds(case, product, fp8=case.fp8) for product in products)
+    size = _forward_accesses(case) * case.itemsize + (_casts(case, products) if case.fp8 else 0)
+    return Seconds(matmul=matmul, attention=attention_seconds(case)[0], other=moved(case.machine, size))
+
+
+def layer_backward(case: Case) -> Seconds:
+    """One layer's backward pass, recomputation left out."""
+    qkv, inner = column_products(case)
+    products = (*qkv, *inner, *row_products(case))
+    matmul = 2 * sum(product_seconds(case, product, fp8=case.fp8) for product in products)
+    size = _backward_accesses(case) * case.itemsize + (_casts(case, products) if case.fp8 else 0)
+    return Seconds(matmul=matmul, attention=attention_seconds(case)[1], other=moved(case.machine, size))
+
+
+def attention_seconds(case: Case) -> tuple[float, float]:
+    """Forward and backward time of scores, softmax and weighted sum of one layer."""
+    arch, machine, kernel = case.arch, case.machine, case.kernels.attention
+    heads = arch.num_heads // case.tp * case.micro_batch
+    # A kernel with an explicit mask computes the hidden half of the scores, too.
+    all_pairs = kernel in ("masked", "reference")
+    pairs = case.seq_length**2 if all_pairs else attention_pairs(case.seq_length, arch.sliding_window)
+    flops = 4.0 * pairs / case.cp * arch.head_dim * heads
+    if kernel in ("blocked", "reference"):
+        rate = _best_rate(case, fp8=False) / (1.0 + machine.knee / arch.head_dim)
+        scores = moved(machine, 4.0 * _SCORES_ACCESSES * pairs / case.cp * heads)
+        return flops / rate + scores, 2.0 * (flops / rate + scores)
+    peak = machine.fp32_peak if case.itemsize == 4 else machine.peak
+    shape = _head_dim_rate(arch.head_dim) / _head_dim_rate(_REFERENCE_HEAD_DIM)
+    forward, backward = (share * shape * peak for share in machine.attention)
+    return flops / forward, _BACKWARD_ATTENTION * flops / backward
+
+
+def _head_dim_rate(head_dim: int) -> float:
+    return head_dim / (head_dim + _HEAD_DIM_KNEE)
+
+
+def embedding_seconds(case: Case) -> tuple[Seconds, Seconds]:
+    """Forward and backward time of the embedding: a row is read and written; its gradient fills a table."""
+    arch = case.arch
+    row = case.tokens * arch.hidden_size * case.itemsize
+    table = arch.padded_vocab_size // case.tp * arch.hidden_size * case.itemsize
+    return Seconds(other=moved(case.machine, 2 * row)), Seconds(other=moved(case.machine, 3 * row + table))
+
+
+def head_seconds(case: Case) -> tuple[Seconds, Seconds]:
+    """Forward and backward time of final norm, head and loss."""
+    arch = case.arch
+    product = Product(case.tokens, arch.hidden_size, arch.padded_vocab_size // case.tp)
+    once = product_seconds(case, product)
+    logits = activations.logits_bytes(case) / case.itemsize
+    hidden = case.tokens * arch.hidden_size * case.itemsize
+    forward = Seconds(matmul=once, other=moved(case.machine, _LOSS_FORWARD * logits + 2 * hidden))
+    backward = Seconds(matmul=2 * once, other=moved(case.machine, _LOSS_BACKWARD * logits + 4 * hidden))
+    return forward, backward
+
+
+def recomputed(case: Case, layers: int) -> Seconds:
+    """What is computed again in the backward pass of a stage with `layers` layers, for one micro-batch."""
+    plan = case.recompute
+    if plan.granularity == "none" or layers == 0:
+        return Seconds()
+    if plan.granularity == "selective":
+        return Seconds(attention=attention_seconds(case)[0]).times(layers)
+    return layer_forward(case).times(layers if plan.method == "uniform" else min(plan.num_layers, layers))
+
+
+def _forward_accesses(case: Case) -> float:
+    """Elements that the element-wise kernels of a layer's forward pass read and write.
+
+    One by one: a norm reads and writes, an addition reads twice and writes, SwiGLU is two kernels, and the rotation
+    takes five accesses per channel. Compiled, each of them is one pass over its arguments.
+    """
+    hidden, heads, inner = _sizes(case)
+    bias = 6 if case.arch.linear_bias else 0
+    dropout = 6 if case.arch.hidden_dropout > 0.0 else 0
+    if case.compiled:
+        return 8 * hidden + 2 * heads + 3 * inner
+    return (10 + bias + dropout) * hidden + 5 * heads + 5 * inner
+
+
+def _backward_accesses(case: Case) -> float:
+    """The same for the backward pass, with the sums of the gradients of inputs that several products share."""
+    hidden, heads, inner = _sizes(case)
+    dropout = 6 if case.arch.hidden_dropout > 0.0 else 0
+    activation = 11 if case.arch.gated else 5
+    sums = (9 if case.arch.gated else 6) * hidden * case.split
+    if case.compiled:
+        return 10 * hidden + 2 * heads + 5 * inner + sums
+    return (14 + dropout) * hidden + 5 * heads + activation * inner + sums
+
+
+def _sizes(case: Case) -> tuple[float, float, float]:
+    """Elements of hidden states between layers, of queries and keys that are rotated, and of the inner features."""
+    arch, rows = case.arch, case.tokens
+    rotated = arch.head_dim if arch.position == "rope" else 0
+    heads = (arch.num_heads / case.tp + case.kv_heads) * rotated
+    return rows * arch.hidden_size / case.split, rows * heads, rows * arch.ffn_hidden_size / case.tp
+
+
+def _casts(case: Case, products: tuple[Product, ...]) -> float:
+    """Bytes moved to bring the arguments of products into FP8, in both layouts: read twice, write two at one byte."""
+    return float(sum(4 * product.rows * (product.inputs + product.outputs) for product in products))

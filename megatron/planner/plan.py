@@ -1,0 +1,119 @@
+"""A plan: one layout with its memory, its traffic and its speed, or what speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.model.setting import RecomputePlan
+from megatron.planner.case import Case, case_of
+from megatron.planner.communication import Traffic, step_traffic
+from megatron.planner.machines import Machine
+from megatron.planner.memory import RankMemory, rank_memory, worst_rank
+from megatron.planner.request import Request, Resolved, resolve
+from megatron.planner.step_time import Speed, speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout that is possible, whether or not it fits.
+
+    Attributes:
+        case: what was planned.
+        missing: features that training lacks, so that it refuses the layout today.
+        memory: of the ranks at each place of the pipeline.
+        traffic: of the same.
+        speed: of a step.
+        by_recompute: memory of the fullest rank with no, selective and full recomputation.
+    """
+
+    case: Case
+    missing: tuple[str, ...]
+    memory: tuple[RankMemory, ...]
+    traffic: tuple[tuple[Traffic, ...], ...]
+    speed: Speed
+    by_recompute: Mapping[str, RankMemory]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(found.peak.total for found in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has enough memory."""
+        return self.needed <= self.case.machine.usable
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layout that cannot be.
+
+    Attributes:
+        reasons: one sentence for each.
+    """
+
+    reasons: tuple[str, ...]
+
+
+def make_plan(request: Request, machine: Machine, changes: Mapping[str, Any] | None = None) -> Plan | Refused:
+    """Plan the layout of a request, with some settings changed."""
+    found = possible_case(request, machine, changes)
+    if isinstance(found, Refused):
+        return found
+    case, resolved = found
+    places = range(case.pp)
+    return Plan(
+        case=case,
+        missing=resolved.missing,
+        memory=tuple(rank_memory(case, place) for place in places),
+        traffic=tuple(step_traffic(case, place) for place in places),
+        speed=speed(case),
+        by_recompute={name: worst_rank(replace(case, recompute=plan)) for name, plan in _MODES.items()},
+    )
+
+
+_MODES: Mapping[str, RecomputePlan] = {
+    "none": RecomputePlan(),
+    "selective": RecomputePlan(granularity="selective"),
+    "full": RecomputePlan(granularity="full"),
+}
+
+
+def possible_case(
+    request: Request, machine: Machine, changes: Mapping[str, Any] | None = None
+) -> tuple[Case, Resolved] | Refused:
+    """The case that a request describes, unless it breaks a rule."""
+    resolved = resolve(request, changes)
+    reasons = list(resolved.impossible)
+    if not reasons:
+        reasons = list(_layout_problems(resolved.settings))
+    if reasons:
+        return Refused(tuple(reasons))
+    return case_of(resolved.settings, request.vocab_size, machine), resolved
+
+
+def _layout_problems(settings: Mapping[str, Any]) -> list[str]:
+    """What the trainer's rules do not cover because it refuses the feature as a whole."""
+    ranks = settings["pipeline_model_parallel_size"]
+    problems = []
+    ulysses = settings["ds_sequence_parallel_size"]
+    sequence = settings["context_parallel_size"] * ulysses
+    if settings["seq_length"] % (2 * sequence if sequence > 1 else 1):
+        problems.append(
+            f"--seq-length {settings['seq_length']}: must be a multiple of twice the {sequence} ranks that share a "
+            "sequence (--context-parallel-size, --ds-sequence-parallel-size)"
+        )
+    heads = settings["num_attention_heads"] // settings["tensor_model_parallel_size"]
+    if heads % ulysses:
+        problems.append(f"--ds-sequence-parallel-size {ulysses}: must divide the {heads} attention heads of a rank")
+    per_replica = settings["world_size"] // (
+        settings["tensor_model_parallel_size"] * ranks * settings["context_parallel_size"]
+    )
+    if per_replica % ulysses:
+        problems.append(
+            f"--ds-sequence-parallel-size {ulysses}: must divide the {per_replica} ranks that are left to it and to "
+            "data parallelism"
+        )
+    return problems

@@ -1,0 +1,90 @@
+"""The planned collectives against those that the model and the engine start."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron.accelerators import load
+from megatron.model.gpt import GPT, ModelInputs
+from megatron.model.setting import RecomputePlan
+from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.groups import build_groups
+from megatron.ops import build_table
+from megatron.planner.communication import step_traffic
+from megatron.training.build import build_engine
+from megatron.training.engine import StepSettings
+from megatron.training.setup import start
+from tests.planner.cases import GPT2, batch, case, planned
+from tests.planner.measure import fake_world
+from tests.planner.trace import Collectives
+
+FULL = RecomputePlan(granularity="full")
+MODELS = {
+    "tensor parallel": {},
+    "sequence parallel": {"sequence_parallel": True},
+    "recomputed": {"recompute": FULL},
+    "recomputed in one group": {"recompute": RecomputePlan(granularity="full", num_layers=3)},
+    "first two recomputed": {"recompute": RecomputePlan(granularity="full", method="block", num_layers=2)},
+    "recomputed, sequence parallel": {"recompute": FULL, "sequence_parallel": True},
+    "gpt2, sequence parallel": {"arch": GPT2 | {"qk_norm": True, "embedding_norm": True}, "sequence_parallel": True},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_collectives_of_the_model(name):
+    plan = case(world=4, tp=4, global_batch=2, **MODELS[name])
+    ops, _ = build_table(load("cpu"), {"attention": "sdpa"})
+    with fake_world(4):
+        groups = build_groups(plan.topology, "cpu")
+        model = GPT(
+            plan.arch,
+            ops=ops,
+            groups=groups,
+            sequence_parallel=plan.sequence_parallel,
+            recompute=plan.recompute,
+            dtype=torch.bfloat16,
+        )
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        loss = functools.partial(
+            vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
+        )
+        tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length))
+        with Collectives() as found:
+            loss(model(tokens, ModelInputs(dropout_seed=1)), tokens.transpose(0, 1)).sum().backward()
+    assert _counted(plan, "tensor") == found.calls
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_of_the_native_engine(stage, capfd):
+    argv = ["--bf16", "--zero-stage", str(stage), "--global-batch-size", "8"]
+    config, plan = planned(argv, 4)
+    with fake_world(4):
+        engine = build_engine(config, start(config), plan.arch)
+        settings = StepSettings(lr=1e-3, weight_decay=0.0)
+        engine.train_step([batch(config), batch(config)], settings)
+        with Collectives() as found:
+            engine.train_step([batch(config), batch(config)], settings)
+    sizes: Counter[str] = Counter()
+    for (operation, size, ranks), calls in found.calls.items():
+        if ranks > 1:
+            sizes[operation] += size * calls
+    expected = Counter()
+    for traffic in step_traffic(plan, 0):
+        expected[traffic.operation] += int(traffic.payload * traffic.calls)
+    scalars = 100  # token counts, losses and norms
+    assert set(expected) <= set(sizes)
+    for operation, size in sizes.items():
+        assert size == pytest.approx(expected[operation], abs=scalars)
+
+
+def _counted(plan, axis) -> Counter:
+    calls: Counter = Counter()
+    for traffic in step_traffic(plan, 0):
+        if traffic.axis == axis:
+            calls[traffic.operation, traffic.payload, traffic.ranks] += int(traffic.calls)
+    return calls
