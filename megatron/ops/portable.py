@@ -137,12 +137,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         first, second = slice(0, channels, 2), slice(1, channels, 2)
     else:
         first, second = slice(0, channels // 2), slice(channels // 2, channels)
-    result = torch.empty_like(x)
-    result[..., channels:] = x[..., channels:]
-    x0, x1, half_cos, half_sin = x[..., first], x[..., second], cos[..., first], sin[..., first]
-    torch.mul(x0, half_cos, out=result[..., first]).addcmul_(x1, half_sin, value=-1)
-    torch.mul(x1, half_cos, out=result[..., second]).addcmul_(x0, half_sin)
-    return result
+    # In the tables' dtype from end to end: one conversion in and one out are cheaper than mixed arithmetic.
+    turned = x[..., :channels].to(torch.promote_types(x.dtype, cos.dtype))
+    result = turned * cos
+    result[..., first].addcmul_(turned[..., second], sin[..., first], value=-1)
+    result[..., second].addcmul_(turned[..., first], sin[..., second])
+    if channels == x.shape[-1]:
+        return result.to(x.dtype)
+    return torch.cat((result.to(x.dtype), x[..., channels:]), -1)
 
 
 @implements(reference.attention, name="sdpa", tolerance=ATTENTION_TOLERANCE)

@@ -20,6 +20,7 @@ from megatron.mpu.schedule import splits_backward
 from megatron.ops import Ops
 from megatron.training.deepspeed import DeepSpeedEngine, host_adamw
 from megatron.training.engine import Engine
+from megatron.training.half import HalfWeights
 from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
 from megatron.training.native import NativeEngine, NativeSettings, shard_data_parallel
@@ -43,16 +44,18 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
     for number in layout.stages_of(groups.pp.rank):
         model = _model(config, session, arch, torch.device("meta"), layout, number)
         to_dtensors(model, groups.mesh)
-        shard_data_parallel(model, model.layers.values(), groups, settings)
+        sharded = shard_data_parallel(model, model.layers.values(), groups, settings)
         model.to_empty(device=session.device)
         initialise_parameters(model, arch, groups, config.training.seed)
         stages[number] = model
-    parameters = logical_parameters(stages, layout)
+    half = HalfWeights(model, settings.dtype) if not sharded and settings.dtype != torch.float32 else None
+    parameters = logical_parameters(stages, layout) if half is None else half.masters
     return NativeEngine(
         stages,
         parameters=parameters,
         pipeline=pipeline_settings(config, arch, layout),
         tied=tied_embedding(stages, layout, groups.pp) if arch.tied_embeddings else None,
+        half=half,
         token_loss=_token_loss(arch, session),
         vocab_size=arch.vocab_size,
         optimizer=_optimizer(config, session.ops, parameters.items()),

@@ -31,6 +31,7 @@ from megatron.model.gpt import GPT
 from megatron.mpu.groups import ProcessGroups
 from megatron.training import gradients
 from megatron.training.engine import SaveTarget, StepResult, StepSettings
+from megatron.training.half import HalfWeights
 from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
 from megatron.training.optimizer import set_schedules
@@ -58,11 +59,12 @@ class NativeSettings:
 def shard_data_parallel(
     model: nn.Module, blocks: Iterable[nn.Module], groups: ProcessGroups, s: NativeSettings
 ) -> bool:
-    """Apply FSDP2 to the blocks and to what remains of the model; False where nothing is to be done.
+    """Apply FSDP2 to the blocks and to what remains of the model; False where one rank holds it alone.
 
-    One data-parallel rank that computes in float32 needs neither sharding nor a second copy of the weights.
+    Such a rank has nothing to shard or to reduce. Stages of a pipeline in 16 bits are still wrapped: schedules that
+    compute weight gradients later write them past the hooks that `HalfWeights` needs.
     """
-    if groups.dp_cp.size == 1 and s.dtype == torch.float32:
+    if groups.dp_cp.size == 1 and (groups.pp.size == 1 or s.dtype == torch.float32):
         return False
     policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=s.reduce_dtype, cast_forward_inputs=False)
     mesh = groups.data_parallel_mesh()
@@ -85,6 +87,7 @@ class NativeEngine:
         parameters: Mapping[str, nn.Parameter],
         pipeline: PipelineSettings,
         tied: TiedEmbedding | None,
+        half: HalfWeights | None,
         token_loss: TokenLoss,
         vocab_size: int,
         optimizer: torch.optim.Optimizer,
@@ -95,7 +98,7 @@ class NativeEngine:
     ) -> None:
         self.optimizer = optimizer
         self.loss_scale = settings.loss_scale
-        self._stages, self._parameters, self._tied = stages, parameters, tied
+        self._stages, self._parameters, self._tied, self._half = stages, parameters, tied, half
         self._pipeline = Pipeline(
             stages,
             pipeline,
@@ -166,8 +169,8 @@ class NativeEngine:
             vocab_size=self._vocab_size,
             log=log,
         )
-        if loaded is not None and self._tied is not None:
-            self._tied.refresh()
+        if loaded is not None:
+            self._refresh()
         if loaded is not None and optimizer and self._settings.loss_scale.window:
             self.loss_scale = LossScale(**loaded.progress["loss_scale"])
         return loaded
@@ -212,5 +215,11 @@ class NativeEngine:
     def _step_optimizer(self, settings: StepSettings) -> None:
         set_schedules(self.optimizer, settings)
         self.optimizer.step()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Bring what is made from the parameters up to date with them."""
         if self._tied is not None:
             self._tied.refresh()
+        if self._half is not None:
+            self._half.refresh()

@@ -47,9 +47,18 @@ def test_every_layout_and_engine_equals_one_process(layout: str, engine: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["native stage 0", "native stage 3", "DeepSpeed ZeRO-1"])
-def test_bfloat16_follows_float32(engine: str) -> None:
-    found = curve(_layout("DP2"), (*ENGINES[engine], "--bf16"), SHORT)
+@pytest.mark.parametrize(
+    ("layout", "engine"),
+    [
+        ("1 process", "native stage 0"),
+        ("TP2 SP", "native stage 0"),
+        ("DP2", "native stage 0"),
+        ("DP2", "native stage 3"),
+        ("DP2", "DeepSpeed ZeRO-1"),
+    ],
+)
+def test_bfloat16_follows_float32(layout: str, engine: str) -> None:
+    found = curve(_layout(layout), (*ENGINES[engine], "--bf16"), SHORT)
     assert difference(found.losses, _plain(SHORT).losses) <= BFLOAT16_TOLERANCE
 
 

@@ -38,6 +38,12 @@ def test_another_layout_continues(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_16_bit_weights_of_one_data_rank_repeat_the_last_bit(tmp_path: Path) -> None:
+    flags = ("--bf16", *DROPOUT)
+    _interrupted(LAYOUT["TP2 SP"], flags, LAYOUT["TP2 SP"], flags, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [DROPOUT, ("--zero-stage", "3"), DEEPSPEED, (*DEEPSPEED, "--bf16")])
 def test_same_layout_repeats_the_last_bit(flags: tuple[str, ...], tmp_path: Path) -> None:
     _interrupted(LAYOUT["TP2 DP2"], flags, LAYOUT["TP2 DP2"], flags, tmp_path)
