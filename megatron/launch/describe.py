@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterator
@@ -13,10 +14,14 @@ from megatron.launch.plan import Plan
 
 
 def variables(plan: Plan) -> Iterator[str]:
-    """One line per variable that was read, with the flags it stands for."""
-    for reading in plan.readings:
-        meaning = "overridden" if reading.overridden else shlex.join(reading.flags) or "(no flag)"
-        yield f"{reading.name}={reading.value}  ->  {meaning}"
+    """One line per variable that was read or has a default, with the flags it stands for."""
+    for name, group in itertools.groupby(plan.readings, key=lambda reading: reading.name):
+        rows = list(group)
+        flags = [word for row in rows for word in row.flags]
+        notes = [f"no flag: {row.note}" for row in rows if row.note and not row.overridden]
+        others = "overridden" if all(row.overridden for row in rows) else (*notes, "(no flag)")[0]
+        default = " (default)" if rows[0].is_default else ""
+        yield f"{name}={rows[0].value}{default}  ->  {shlex.join(flags) or others}"
 
 
 def command(plan: Plan) -> str:

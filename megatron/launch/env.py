@@ -2,6 +2,7 @@
 
 A family of variables is one table. The plain family has names without a prefix (``TP=2 LR=3e-4``); a family that
 shares a prefix can also be policed: a variable that has the prefix but no row is an error naming the nearest one.
+The families of vendors' scripts also have defaults, which depend on the variables that are set.
 """
 
 from __future__ import annotations
@@ -11,20 +12,35 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+Values = Mapping[str, str]
+"""Name -> value of the variables of a family: those that are set, and the defaults of the others."""
+
+
+def no_defaults(values: Values) -> Values:
+    """The defaults of a family in which unset variables mean nothing."""
+    return {}
+
 
 @dataclass(frozen=True)
 class Variable:
     """One environment variable."""
 
     name: str
-    flags: Callable[[str], tuple[str, ...]]
-    """Value -> flags of the trainer or the launcher. Raises ValueError with what is allowed."""
+    flags: Callable[[str, Values], tuple[str, ...]]
+    """Its value, and those of the whole family -> flags of the trainer or the launcher.
+
+    Raises ValueError with what is allowed.
+    """
     decides: frozenset[str]
     """Flags that this variable decides: given on the command line, any of them overrides the whole variable."""
     help: str
     """Empty for further rows of a name."""
     gives_way: bool = False
     """Other variables that decide the same flag override this one; otherwise two that differ are an error."""
+    note: str = ""
+    """What to say where no flag follows from a value."""
+    replaced_by: frozenset[str] = frozenset()
+    """Flags beside which a default of this variable makes no sense, besides those it decides."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,13 @@ class Family:
     """The variables that one kind of launch script is driven by."""
 
     prefix: str
-    """What all names start with; empty for the plain family, whose names cannot be told from other programs'."""
+    """What names start with that no other program uses; empty for the plain family."""
     variables: tuple[Variable, ...]
+    defaults: Callable[[Values], Values] = no_defaults
+    """Values of unset variables, given the set ones; raises ValueError with whole sentences."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """One variable that was set, and what became of it."""
 
@@ -46,22 +64,27 @@ class Reading:
     """Empty when overridden."""
     overridden: bool
     """By the command line, or by a variable that it gives way to."""
+    decides: frozenset[str]
+    is_default: bool = False
+    """Not set, but a default of the family."""
+    note: str = ""
+    """Why no flag follows, where the table says it."""
 
 
 def value(name: str, flag: str, help: str) -> Variable:
     """A variable whose value follows `flag`."""
-    return Variable(name, lambda text: (flag, text), frozenset({flag}), help)
+    return Variable(name, lambda text, _: (flag, text), frozenset({flag}), help)
 
 
 def words(name: str, flag: str, help: str, *, also_decides: Sequence[str] = ()) -> Variable:
     """A variable whose value is split like a shell does, for flags that take several values."""
-    return Variable(name, lambda text: (flag, *shlex.split(text)), frozenset({flag, *also_decides}), help)
+    return Variable(name, lambda text, _: (flag, *shlex.split(text)), frozenset({flag, *also_decides}), help)
 
 
 def choice(name: str, options: Mapping[str, tuple[str, ...]], help: str) -> Variable:
     """A variable with a closed set of values, each standing for some flags."""
 
-    def flags(text: str) -> tuple[str, ...]:
+    def flags(text: str, _: Values) -> tuple[str, ...]:
         if text not in options:
             raise ValueError(f"is none of {', '.join(options)}")
         return options[text]
@@ -77,7 +100,7 @@ def switch(name: str, flag: str, help: str) -> Variable:
 
 def inside(name: str, flag: str, subfolder: str, help: str = "") -> Variable:
     """A variable that names a folder, in which `flag` gets its place unless another variable gives it one."""
-    return Variable(name, lambda text: (flag, f"{text.rstrip('/')}/{subfolder}"), frozenset({flag}), help, True)
+    return Variable(name, lambda text, _: (flag, f"{text.rstrip('/')}/{subfolder}"), frozenset({flag}), help, True)
 
 
 PLAIN = Family(
@@ -137,13 +160,20 @@ PLAIN = Family(
 )
 
 
+def plain(*names: str) -> tuple[Variable, ...]:
+    """The rows of the plain family with these names, for families that share them."""
+    return tuple(variable for variable in PLAIN.variables if variable.name in names)
+
+
 def flags_of(argv: Sequence[str]) -> frozenset[str]:
     """The flags that occur in `argv`, without values given as `--flag=value`."""
     return frozenset(word.partition("=")[0] for word in argv if word.startswith("--"))
 
 
 def read(family: Family, env: Mapping[str, str], argv: Sequence[str]) -> tuple[Reading, ...]:
-    """The variables of `family` that are set in `env`, in table order; an empty value counts as not set.
+    """The variables of `family` that are set in `env` or have a default, in table order.
+
+    An empty value counts as not set.
 
     Args:
         family: the table.
@@ -155,34 +185,49 @@ def read(family: Family, env: Mapping[str, str], argv: Sequence[str]) -> tuple[R
             different values; all of them in one message.
     """
     problems = list(_unknown_names(family, env))
+    chosen = {variable.name: env[variable.name] for variable in family.variables if env.get(variable.name)}
+    try:
+        values = {**family.defaults(chosen), **chosen}
+    except ValueError as problem:
+        raise ValueError("\n".join([*problems, str(problem)])) from None
     given = flags_of(argv)
-    present = [variable for variable in family.variables if env.get(variable.name)]
-    firm = given.union(*(variable.decides for variable in present if not variable.gives_way))
+    present = [variable for variable in family.variables if variable.name in values]
+    firm = given.union(*(one.decides for one in present if one.name in chosen and not one.gives_way))
     readings = []
     for variable in present:
-        text = env[variable.name]
-        overridden = bool(variable.decides & (firm if variable.gives_way else given))
+        text, is_default = values[variable.name], variable.name not in chosen
+        decided = variable.decides | variable.replaced_by if is_default else variable.decides
+        overridden = bool(decided & (firm if is_default or variable.gives_way else given))
         try:
-            flags = () if overridden else variable.flags(text)
+            flags = () if overridden else variable.flags(text, values)
         except ValueError as problem:
             problems.append(f"{variable.name}={text} {problem}")
             continue
-        readings.append(Reading(variable.name, text, flags, overridden))
-    problems += _contradictions(present, readings)
+        readings.append(
+            Reading(
+                name=variable.name,
+                value=text,
+                flags=flags,
+                overridden=overridden,
+                decides=variable.decides,
+                is_default=is_default,
+                note=variable.note,
+            )
+        )
+    problems += _contradictions(readings)
     if problems:
         raise ValueError("\n".join(problems))
     return tuple(readings)
 
 
-def _contradictions(variables: Sequence[Variable], readings: Sequence[Reading]) -> list[str]:
+def _contradictions(readings: Sequence[Reading]) -> list[str]:
     """One sentence for each two variables that decide the same flag differently."""
-    decides = {variable.name: variable.decides for variable in variables}
-    in_force = [reading for reading in readings if not reading.overridden]
+    in_force = [reading for reading in readings if not reading.overridden and not reading.is_default]
     return [
         f"{one.name}={one.value} and {other.name}={other.value} both decide {min(shared)}: unset one of them"
         for number, one in enumerate(in_force)
         for other in in_force[number + 1 :]
-        if one.name != other.name and (shared := decides[one.name] & decides[other.name]) and one.flags != other.flags
+        if one.name != other.name and (shared := one.decides & other.decides) and one.flags != other.flags
     ]
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and the number of processes to start on it."""
+    """A machine and the number of processes to start on it; 0 where the list does not say."""
 
     name: str
     slots: int
 
 
 def parse_hostfile(text: str) -> tuple[Host, ...]:
-    """Hosts of a hostfile: a line is `name slots=8`; empty lines and what follows `#` are left out.
+    """Hosts of a hostfile: a line is `name slots=8` or `name`; empty lines and what follows `#` are left out.
 
     Raises:
         ValueError: with the number of the line that cannot be read, or for a host named twice or a file without hosts.
@@ -26,12 +26,12 @@ def parse_hostfile(text: str) -> tuple[Host, ...]:
         content = line.partition("#")[0].strip()
         if not content:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*(\d+)", content)
-        if match is None or int(match[2]) < 1:
-            raise ValueError(f"hostfile line {number}: {line.strip()!r} is not of the form `name slots=8`")
+        match = re.fullmatch(r"(\S+)(?:\s+slots\s*=\s*(\d+))?", content)
+        if match is None or (match[2] is not None and int(match[2]) < 1):
+            raise ValueError(f"hostfile line {number}: {line.strip()!r} is not of the form `name slots=8` or `name`")
         if any(host.name == match[1] for host in hosts):
             raise ValueError(f"hostfile line {number}: {match[1]} was listed before")
-        hosts.append(Host(match[1], int(match[2])))
+        hosts.append(Host(match[1], int(match[2] or 0)))
     if not hosts:
         raise ValueError("the hostfile lists no host; it needs lines like `name slots=8`")
     return tuple(hosts)

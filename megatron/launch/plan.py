@@ -12,6 +12,7 @@ from megatron.config.parallel import ParallelConfig
 from megatron.config.schema import options
 from megatron.launch import env
 from megatron.launch.command import BUILDERS, Job
+from megatron.launch.families import FAMILIES, passed_on
 from megatron.launch.hostfile import Host, common_slots, expand_nodelist, parse_hostfile, rank_of_this_node
 
 _MODEL_PARALLEL = (
@@ -56,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hostfile", default="", help="file of `host slots=8` lines")
     result.add_argument("--master-addr", default="", help="address of the first machine (first of the hostfile)")
     result.add_argument("--master-port", type=int, metavar="PORT", help="port of the first machine")
+    result.add_argument("--family", choices=tuple(FAMILIES), default="plain", help="whose variables are read (plain)")
+    result.add_argument(
+        "--export", action="append", default=[], metavar="NAME=VALUE", help="variable that all processes get"
+    )
     result.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     return result
 
@@ -71,7 +76,8 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
     Raises:
         ValueError: what is asked for is contradictory or not possible; the message names what to change.
     """
-    readings = env.read(env.PLAIN, environ, argv)
+    family = FAMILIES[parser().parse_known_args(argv)[0].family]
+    readings = env.read(family, environ, argv)
     words = [*(word for reading in readings for word in reading.flags), *argv]
     own, flags = parser().parse_known_args(words)
     model_parallel, device = _layout(flags)
@@ -89,15 +95,17 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
     )
     if not own.dry_run and nodes == 1:
         select(device)
-    wanted = [*accelerator.environment, host_threads(processes)]
+    asked = _exports(own.export, environ)
+    wanted = [*asked, *accelerator.environment, host_threads(processes)]
     if own.launcher == "deepspeed" and accelerator.deepspeed_name:
         wanted.append(EnvVar("DS_ACCELERATOR", accelerator.deepspeed_name, "the launcher imports DeepSpeed, too"))
-    exports = tuple(variable for variable in wanted if variable.name not in environ)
+    exports = tuple({one.name: one for one in reversed(wanted) if one.name not in environ}.values())[::-1]
     several = nodes > 1
+    passed = passed_on(accelerator.name, environ) if several else {}
     job = Job(
         script=(_script(own.script), *flags),
         processes=processes,
-        exports={variable.name: variable.value for variable in exports},
+        exports={variable.name: variable.value for variable in exports} | passed,
         nodes=nodes,
         node_rank=_node_rank(own.node_rank, own.launcher, hosts, own_names) if several else 0,
         master_addr=_master(own.master_addr, own.launcher, hosts) if several else own.master_addr,
@@ -210,11 +218,30 @@ def _node_rank(asked: int | None, launcher: str, hosts: Sequence[Host], own_name
 
 
 def _master(asked: str, launcher: str, hosts: Sequence[Host]) -> str:
+    if launcher == "deepspeed" and not all(host.slots for host in hosts):
+        raise ValueError("DeepSpeed's launcher reads lines of the form `name slots=8` in --hostfile: add the slots")
+    if launcher == "deepspeed" and not hosts:
+        raise ValueError("several nodes with DeepSpeed's launcher: pass --hostfile (HOSTFILE), the list of machines")
     if asked or launcher == "deepspeed":
         return asked
     if hosts:
         return hosts[0].name
     raise ValueError("several nodes without a hostfile: pass --master-addr (MASTER_ADDR), the first machine")
+
+
+def _exports(asked: Sequence[str], environ: Mapping[str, str]) -> list[EnvVar]:
+    """The variables of `--export`. Raises ValueError for one that is not NAME=VALUE, or is set to something else."""
+    result = []
+    for text in asked:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--export {text}: must be NAME=VALUE")
+        if environ.get(name, value) != value:
+            raise ValueError(
+                f"--export {text}: {name} is {environ[name]} in the environment; unset it, or make it agree"
+            )
+        result.append(EnvVar(name, value, "asked for"))
+    return result
 
 
 def _script(asked: str) -> str:

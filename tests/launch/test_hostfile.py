@@ -12,10 +12,14 @@ def test_comments_and_empty_lines_are_left_out():
     assert parse_hostfile(text) == (Host("n1", 8), Host("n2", 8))
 
 
+def test_names_alone_leave_the_number_of_processes_open():
+    assert parse_hostfile("n1\nn2\n") == (Host("n1", 0), Host("n2", 0))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("n1", "line 1: 'n1' is not of the form"),
+        ("n1 8", "line 1: 'n1 8' is not of the form"),
         ("n1 slots=8\nn2 slots=x", "line 2"),
         ("n1 slots=0", "line 1"),
         ("n1 slots=8\nn1 slots=8", "line 2: n1 was listed before"),

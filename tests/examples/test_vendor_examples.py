@@ -1,0 +1,52 @@
+"""The vendors' scripts: every one has a kept launch, one per vendor runs dry for real, and says what it needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.cases import CASES
+from tests.launch.recorded import ROOT
+
+_SHARED = {"cpu/run_llama.sh", "gpu/run_llama.sh"}
+"""Tried by test_examples.py."""
+
+
+def _run(script, *flags, **variables):
+    environ = {**os.environ, "MEGATRON_PYTHON": sys.executable, **variables}
+    return subprocess.run(
+        ["bash", str(ROOT / "examples" / script), *flags],
+        cwd="/",
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_every_script_has_a_kept_launch():
+    scripts = {path.relative_to(ROOT / "examples").as_posix() for path in (ROOT / "examples").glob("*/*.sh")}
+    assert scripts == {case.script for case in CASES.values()} | _SHARED
+
+
+@pytest.mark.parametrize("name", ["hpu_llama2_70b_32", "npu_pretrain_65b_ptd_32p", "neuron_llama2_70b_slurm"])
+def test_script_runs_dry_from_any_folder(name):
+    done = _run(CASES[name].script, "--dry-run", **CASES[name].variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== settings" in done.stdout and "== command" in done.stdout
+
+
+def test_refusal_of_the_trainer_is_what_the_user_sees():
+    done = _run("hpu/run_llama.sh", "--dry-run", HL_USE_TRANSFORMER_ENGINE="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --") and "--transformer-impl transformer_engine: " in done.stderr
+
+
+def test_tuning_needs_weights():
+    done = _run("npu/tune_llama_ptd_13B.sh", "--dry-run", CHECKPOINT="")
+    assert done.returncode != 0 and "CHECKPOINT: set it to the folder" in done.stderr
