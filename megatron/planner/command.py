@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.config.parser import groups
 from megatron.planner import report
 from megatron.planner.machines import MACHINES, Machine, machine
 from megatron.planner.plan import Plan, Refused, make_plan
@@ -17,6 +19,7 @@ from megatron.planner.published import PUBLISHED, compare
 from megatron.planner.request import Request, read_request
 from megatron.planner.search import Candidate, nearest, search
 
+_SECTIONS = ("model", "parallel", "precision", "training", "optimizer", "deepspeed", "device", "equivalents")
 SHOWN = 10
 """Layouts that --search prints."""
 
@@ -24,11 +27,12 @@ SHOWN = 10
 def parser() -> argparse.ArgumentParser:
     """The planner's own flags; every other flag is the trainer's."""
     machines = "\n".join(f"  {name:<12} {found.description}" for name, found in MACHINES.items())
+    flags = textwrap.fill(" ".join(_trainer_flags()), 100, initial_indent="  ", subsequent_indent="  ")
     result = argparse.ArgumentParser(
         prog="tools/plan.py",
         description="Plan a training run: memory of every rank, traffic, time of a step. Nothing is started. Flags not "
         "listed here are the trainer's (python pretrain_gpt.py --help), such as --preset and the sizes of the layout.",
-        epilog=f"machines:\n{machines}",
+        epilog=f"machines:\n{machines}\n\nflags of the trainer that a plan looks at:\n{flags}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -40,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--json", action="store_true", help="print JSON instead of text")
     result.add_argument("--compare-published", action="store_true", help="published speeds beside their estimates")
     return result
+
+
+def _trainer_flags() -> list[str]:
+    """Flags of the model, the layout, the formats and the batch, and the short forms of other flags."""
+    found = [option for name in _SECTIONS for option in groups()[name]]
+    return sorted(name for option in found for name in option.names if name.startswith("--"))
 
 
 def main(argv: Sequence[str], say: Callable[[str], None] = print) -> int:

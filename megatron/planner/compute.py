@@ -1,7 +1,8 @@
 """How long one rank computes: matrix products, attention, and everything that only moves data.
 
 Legend as in `megatron.planner.activations`; m, n, k are the sides of a matrix product. A product of finite size runs at
-`peak * matmul / (1 + knee / min(m, n, k))`; no product or element-wise kernel is quicker than its memory traffic.
+`peak * matmul / (1 + knee / min(m, n, k))`; a small knee stands for its memory traffic, too. Element-wise kernels take
+the time of their memory traffic.
 """
 
 from __future__ import annotations
@@ -60,12 +61,9 @@ class Product:
 
 def product_seconds(case: Case, product: Product, *, fp8: bool = False) -> float:
     """Time of one matrix product: the forward pass, or either of the two in the backward pass."""
-    machine = case.machine
     flops = 2.0 * product.rows * product.inputs * product.outputs
     side = min(product.rows, product.inputs, product.outputs)
-    rate = _best_rate(case, fp8=fp8) / (1.0 + machine.knee / side)
-    elements = product.rows * (product.inputs + product.outputs) + product.inputs * product.outputs
-    return max(flops / rate, moved(machine, elements * case.itemsize))
+    return flops / _best_rate(case, fp8=fp8) * (1.0 + case.machine.knee / side)
 
 
 def moved(machine: Machine, size: float) -> float:

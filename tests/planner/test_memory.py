@@ -32,7 +32,7 @@ def _measured(config, plan, rank=0) -> int:
     return memory.peak["step 2"]
 
 
-LONG = ("--seq-length", "512", "--micro-batch-size", "2")
+LONG = ("--seq-length", "256", "--micro-batch-size", "2")
 STEPS = {
     "one rank, float32": (1, ("--global-batch-size", "2")),
     "one rank, bfloat16": (1, ("--bf16", "--global-batch-size", "2")),

@@ -1,0 +1,84 @@
+"""The parameters of any rank."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from megatron.mpu.groups import build_groups
+from megatron.mpu.topology import Topology
+from megatron.planner.case import case_of
+from megatron.planner.machines import MACHINES
+from megatron.planner.parameters import build_rank, rank_groups, units_of
+from megatron.planner.request import read_request, resolve
+from tests.planner.cases import GPT2, case
+from tests.planner.measure import fake_world
+
+SECONDS = 20.0
+"""Far above what a model without numbers takes, far below what it took with them."""
+
+
+def _plan(flags, world):
+    request = read_request(flags.split(), world)
+    return case_of(resolve(request).settings, request.vocab_size, MACHINES["h100"])
+
+
+@pytest.mark.parametrize("rank", [0, 5, 11, 15])
+def test_groups_are_those_of_a_real_world(rank):
+    topology = Topology(16, tp=2, pp=2, cp=2)
+    mine = rank_groups(topology, rank)
+    with fake_world(16, rank):
+        real = build_groups(topology, "cpu")
+    for axis in ("tp", "cp", "dp", "pp", "dp_cp", "world"):
+        found, expected = getattr(mine, axis), getattr(real, axis)
+        assert (found.ranks, found.rank, found.size) == (expected.ranks, expected.rank, expected.size)
+    assert mine.place == real.place
+
+
+@pytest.mark.parametrize("rank", [0, 7, 16383])
+def test_any_rank_of_a_large_world(rank):
+    flags = "--preset llama3.1-405b --tensor-model-parallel-size 8 --pipeline-model-parallel-size 14"
+    plan = _plan(flags + " --global-batch-size 146", 8 * 14 * 146)
+    begin = time.monotonic()
+    rank = min(rank, plan.topology.world_size - 1)
+    (model,) = build_rank(plan, rank)
+    assert time.monotonic() - begin < SECONDS
+    place = plan.topology.place(rank)
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    count = sum(weight.numel() for weight in model.parameters())
+    assert count == sum(unit.elements for unit in units_of(plan, place.pp))
+
+
+def test_units_of_all_ranks_are_the_published_model():
+    plan = _plan("--preset llama2-70b --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4", 32)
+    found = sum(unit.elements for rank in range(4) for unit in units_of(plan, rank)) * 8
+    replicated = 7 * (2 * 80 + 1) * 8192  # norms
+    padding = 2 * (32768 - 32000) * 8192
+    assert found - replicated - padding == 68976648192
+
+
+def test_kv_heads_fewer_than_ranks_are_replicated():
+    plan = _plan("--preset llama3.1-70b --tensor-model-parallel-size 32", 32)
+    (model,) = build_rank(plan, 31)
+    attention = model.layers["0"].attention
+    assert attention.key.weight.shape == attention.value.weight.shape == (128, 8192)
+    assert attention.query.weight.shape == (256, 8192)
+
+
+def test_a_shard_is_padded():
+    unit = units_of(case({"num_layers": 1}), 0)[0]
+    assert unit.shard(1) == unit.elements
+    norm_rows = 2 * -(-64 // 7)
+    assert unit.shard(7) == norm_rows + sum(-(-rows // 7) * columns for rows, columns in _matrices(unit))
+
+
+def _matrices(unit):
+    return [shape for shape in unit.shapes if len(shape) == 2]
+
+
+def test_the_optimizer_keeps_nothing_for_a_copied_embedding():
+    plan = case({**GPT2, "num_layers": 4}, world=2, pp=2)
+    first, last = (units_of(plan, rank)[-1] for rank in range(2))
+    assert first.optimized(1) == first.elements
+    assert last.elements - last.optimized(1) == 512 * 64
