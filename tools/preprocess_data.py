@@ -26,6 +26,8 @@ from megatron.tokenizer.flags import add_tokenizer_flags, tokenizer_settings
 _WITHOUT_EFFECT = {
     "--partitions": "the input is never split into temporary files, so there is nothing to merge",
     "--keep-sequential-samples": "documents always keep their order",
+    "--make-vocab-size-divisible-by": "the embedding is padded when training",
+    "--pad-vocab-size-to": "the embedding is padded when training",
     "--streaming": "the input is always read as a stream",
     "--seq-length": "documents are never cut here; the sequence length is chosen when training",
     "--trust-remote-code": "code from a tokenizer's folder is never run",
@@ -84,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--workers", type=int, default=1, help="processes that encode")
     output.add_argument("--log-interval", type=int, default=1000, help="documents between two lines in a log")
     legacy = parser.add_argument_group("for old scripts", "; ".join(f"{k}: {v}" for k, v in _WITHOUT_EFFECT.items()))
-    legacy.add_argument("--partitions", "--seq-length", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for flag in ("--partitions", "--seq-length", "--make-vocab-size-divisible-by", "--pad-vocab-size-to"):
+        legacy.add_argument(flag, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     legacy.add_argument(
         "--keep-sequential-samples",
         "--trust-remote-code",

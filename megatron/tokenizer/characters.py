@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
+
+_CODES = 0x110000
+_PLANES_WITH_LETTERS = 0x40000
 # The basic plane, and the emoji that occur in ordinary text.
 _LOOKED_AT = (range(0xD800), range(0xE000, 0x10000), range(0x1F300, 0x1FB00))
 # Vowels and final consonants that join the Korean letter before them; no table lists these pairs.
 _JOINING_JAMO = frozenset([*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)])
 
 
-_PLANES_WITH_LETTERS = 0x40000
+def finder(doubtful: npt.NDArray[np.bool_]) -> Callable[[str], bool]:
+    """Whether a text has a character for which `doubtful` [0x110000] holds. ASCII must not be doubtful."""
+
+    def find(text: str) -> bool:
+        # A regular expression over such sets is a hundred times slower.
+        if text.isascii():
+            return False
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        return bool(doubtful[codes].any())
+
+    return find
 
 
-def unknown() -> re.Pattern[str]:
-    """Matches texts with a character that this Python does not know, which newer tables may call a letter.
+def unknown() -> npt.NDArray[np.bool_]:
+    """Characters that this Python does not know, which newer tables may call letters.
 
     The tables of the libraries are newer than those of every Python that is supported. Beyond the planes that have
     letters, everything counts as unknown.
     """
-    codes = [code for code in range(_PLANES_WITH_LETTERS) if unicodedata.category(chr(code)) == "Cn"]
-    return re.compile(f"[{''.join(_ranges([*codes, *range(_PLANES_WITH_LETTERS, 0x110000)]))}]")
+    doubtful = np.ones(_CODES, np.bool_)
+    doubtful[:_PLANES_WITH_LETTERS] = [unicodedata.category(chr(code)) == "Cn" for code in range(_PLANES_WITH_LETTERS)]
+    return doubtful
 
 
-def changeable() -> re.Pattern[str]:
-    """Matches texts that may not be in normalization form C, or hold a character outside of what is looked at here.
+def changeable() -> npt.NDArray[np.bool_]:
+    """Characters that a text in normalization form C may lack, and those that are unknown or not looked at here.
 
     A text none of whose characters combines with the one before, or is replaced on its own, is in form C. Characters
     that have been assigned keep these properties in all later versions, and earlier ones leave unknown ones alone.
     """
-    seconds = {part[1] for code in _codes() if (part := _canonical(code)) and len(part) > 1} | _JOINING_JAMO
-    safe = [code for code in _codes() if _is_inert(code) and code not in seconds]
-    return re.compile(f"[^{''.join(_ranges(safe))}]")
-
-
-def _codes() -> Iterator[int]:
-    for part in _LOOKED_AT:
-        yield from part
+    codes = [code for part in _LOOKED_AT for code in part]
+    seconds = {part[1] for code in codes if len(part := _canonical(code)) > 1} | _JOINING_JAMO
+    doubtful = np.ones(_CODES, np.bool_)
+    doubtful[[code for code in codes if _is_inert(code) and code not in seconds]] = False
+    return doubtful
 
 
 def _canonical(code: int) -> list[int]:
@@ -51,13 +63,3 @@ def _is_inert(code: int) -> bool:
     character = chr(code)
     known = unicodedata.category(character) not in ("Cn", "Cs")
     return known and not unicodedata.combining(character) and unicodedata.is_normalized("NFC", character)
-
-
-def _ranges(codes: list[int]) -> Iterator[str]:
-    """Parts of a character class for ascending codes."""
-    start = end = codes[0]
-    for code in [*codes[1:], -1]:
-        if code != end + 1:
-            yield f"{re.escape(chr(start))}-{re.escape(chr(end))}"
-            start = code
-        end = code

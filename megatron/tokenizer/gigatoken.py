@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from megatron.tokenizer.base import TextError, Tokenizer, require_unicode
-from megatron.tokenizer.characters import changeable, unknown
+from megatron.tokenizer.characters import changeable, finder, unknown
 from megatron.tokenizer.flat import FlatEncoder, FlatIds, ListEncoder, interleave, wrap
 
 if TYPE_CHECKING:  # Each needs a library that the other does not.
@@ -140,27 +140,27 @@ class GigatokenEncoder:
     def __init__(self, tokenizer: FastTokenizer | PlainPieces) -> None:
         """Load the library; only for tokenizers without an `obstacle`."""
         self._own: FlatEncoder = ListEncoder(tokenizer)
-        self._marks: re.Pattern[str] | None = None
-        self._ascii_is_plain = type(tokenizer).__name__ == "FastTokenizer"
+        self._is_marked: Callable[[str], bool] | None = None
         if type(tokenizer).__name__ == "FastTokenizer":
             config = json.loads(cast("FastTokenizer", tokenizer).backend.to_str())
             if config.get("normalizer") == _NFC:
                 # Most texts are in this form and need no table to tell.
-                self._marks = changeable()
+                self._is_marked = finder(changeable())
                 config["normalizer"] = None
             elif not config["model"].get("byte_fallback"):
-                self._marks = unknown()
+                self._is_marked = finder(unknown())
             self._engine = _engine_of_json(json.dumps(config))
         else:
             tokenizer = cast("PlainPieces", tokenizer)
             self._engine = _engine_of_pieces(tokenizer.model_proto())
             # gigatoken takes a spelled-out `</s>` for the token, SentencePiece for text.
-            self._marks = re.compile("|".join(map(re.escape, tokenizer.marks)))
+            search = re.compile("|".join(map(re.escape, tokenizer.marks))).search
+            self._is_marked = lambda text: search(text) is not None
         self._before, self._after = tokenizer.surroundings()
 
     def __call__(self, texts: Sequence[str]) -> FlatIds:
         """Ids of every text."""
-        if self._marks is not None:
+        if self._is_marked is not None:
             marked = np.fromiter(map(self._is_marked, texts), np.bool_, len(texts))
             if marked.any():
                 plain = [text for text, mark in zip(texts, marked, strict=True) if not mark]
@@ -178,11 +178,6 @@ class GigatokenEncoder:
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         return wrap(FlatIds(ids, np.diff(offsets)), self._before, self._after)
-
-    def _is_marked(self, text: str) -> bool:
-        if self._ascii_is_plain and text.isascii():
-            return False
-        return self._marks is not None and self._marks.search(text) is not None
 
 
 def _engine_of_json(config: str) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +88,19 @@ def fim(config: RunConfig, tokenizer: Tokenizer) -> Fim:
     """
     if config.data.is_instruction_dataset or config.data.mock_data:
         raise DataError("--fim-data rearranges text; it goes neither with --is-instruction-dataset nor --mock-data.")
-    names = [field.name for field in dataclasses.fields(FimSettings)]
-    settings = FimSettings(**{name: getattr(config.data, f"fim_{name}") for name in names})
+    data = config.data
+    settings = FimSettings(
+        rate=data.fim_rate,
+        spm_rate=data.fim_spm_rate,
+        split_sample=data.fim_split_sample,
+        fragment_rate=data.fim_fragment_rate,
+        no_prefix=data.fim_no_prefix,
+        prefix_token=data.fim_prefix_token,
+        middle_token=data.fim_middle_token,
+        suffix_token=data.fim_suffix_token,
+        pad_token=data.fim_pad_token,
+        eod_token=data.fim_eod_token,
+    )
     return settings, find_tokens(settings, tokenizer, tokenizer.eod), tokenizer
 
 

@@ -85,3 +85,13 @@ def test_packing_of_pretraining_data_is_refused() -> None:
     done = _python("pretrain_gpt.py", *MODEL, "--mock-data", "--neat-pack")
     assert done.returncode != 0
     assert "--neat-pack and --variable-seq-lengths go with --is-instruction-dataset" in done.stdout + done.stderr
+
+
+def test_fill_in_the_middle_needs_its_tokens(data: dict[str, str]) -> None:
+    corpus = f"{data['packed']}_packed_input_ids_document"
+    done = _python("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", "--fim-prefix-token", "1 2")
+    assert done.returncode != 0
+    assert "--fim-prefix-token '1 2' is 2 tokens, not one" in done.stdout + done.stderr
+    tokens = [f"--fim-{name}-token={number}" for number, name in enumerate(("prefix", "middle", "suffix", "pad"), 90)]
+    done = _python("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", *tokens)
+    assert done.returncode == 0, done.stdout + done.stderr
