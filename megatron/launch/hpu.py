@@ -115,9 +115,9 @@ TRAINING: tuple[Variable, ...] = (
         {"fp32": ("--accumulate-allreduce-grads-in-fp32",), "bf16": ("--grad-reduce-in-bf16",)},
         "format that gradients are summed in: fp32 or bf16",
     ),
-    silent(
-        *("HL_IMMEDIATE_GRAD_UPDATE", "without effect: gradients are always added up as they are computed"),
-        "gradients are always added up as they are computed",
+    truth(
+        *("HL_IMMEDIATE_GRAD_UPDATE", (), (), "without effect: gradients are always added up as they are computed"),
+        note="gradients are always added up as they are computed",
     ),
     truth("HL_NO_PIPELINE_PARALLEL", ("--no-pipeline-parallel",), (), "1 refuses HL_PP above 1"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megatron.launch import hpu, hpu_rows
 from megatron.launch.env import Family, Values, Variable, choice, value
-from megatron.launch.hpu_rows import absent, row, silent, truth, whole
+from megatron.launch.hpu_rows import absent, row, truth, whole
 
 _TOKENS_PER_STEP = 2**22
 # The sizes of a layer of Mixtral 8x7B are those of LLaMA 3 8B; it reads longer texts.
@@ -48,7 +48,7 @@ MODEL: tuple[Variable, ...] = (
     absent("HL_MOE_CAPACITY_BINS_OPTIMIZE_MAX_GROUP", "4", _NO_BINS),
     absent("HL_MOE_USE_DATA_BEFORE_EXPERT_PARALLEL", "0", "the layout of the ranks is one and the same for all models"),
     absent("HL_PARTITIONED_MODE", "false", "a pipeline passes on whole activations"),
-    silent("HL_VERIFY_CP", "without effect: every checkpoint is verified", "every checkpoint is verified"),
+    truth("HL_VERIFY_CP", (), (), "without effect: every checkpoint is verified", note="every checkpoint is verified"),
     value("HL_CHECKPOINT_LOAD_TAG", "--ckpt-step", "iteration whose checkpoint is loaded"),
     absent("HL_RUN_EVAL_HARNESS", "0", "there is no harness of tasks"),
     absent("HL_EVAL_TASKS", "", "there is no harness of tasks"),

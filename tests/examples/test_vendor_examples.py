@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
+from megatron.training.compare import compare, read_curve
 from tests.launch.cases import CASES
 from tests.launch.recorded import ROOT
 
+_ROUNDING = 1e-5
+"""Relative error of float32 losses whose sums have another order."""
 _SHARED = {"cpu/run_llama.sh", "gpu/run_llama.sh"}
 """Tried by test_examples.py."""
 
@@ -39,6 +42,20 @@ def test_script_runs_dry_from_any_folder(name):
     done = _run(CASES[name].script, "--dry-run", **CASES[name].variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== settings" in done.stdout and "== command" in done.stdout
+
+
+@pytest.mark.slow
+def test_gaudi_script_trains_on_a_cpu_when_told_to(tmp_path):
+    small = {"HL_GBS": "4", "HL_SEQ_LEN": "64", "HL_TRAIN_ITERS": "3", "HL_LOG_INTERVAL": "1", "HL_EVAL_ITERS": "1"}
+    shape = ("--preset", "llama-tiny", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "511")
+    layouts = {"one": {"HL_TP": "1", "HL_PP": "1"}, "two": {"HL_TP": "1", "HL_PP": "2"}}
+    for name, layout in layouts.items():
+        where = {"DEVICE": "cpu", "PRECISION": "fp32", "HL_DP": "1", "HL_RESULTS_DIR": str(tmp_path / name)}
+        done = _run("hpu/run_llama.sh", *shape, "--lr-warmup-iters", "1", **small, **layout, **where)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert (tmp_path / name / "checkpoints").is_dir()
+    curves = [read_curve(tmp_path / name / "metrics.jsonl") for name in layouts]
+    assert compare(*curves, threshold=_ROUNDING).passed
 
 
 def test_refusal_of_the_trainer_is_what_the_user_sees():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from megatron.launch.plan import make_plan, processes_per_node
@@ -71,6 +73,24 @@ def test_fewer_nodes_than_the_hostfile_lists(script, hostfile):
     assert "--standalone" in plan.command and plan.world_size == 4
 
 
+def test_list_of_bare_names_needs_the_number_of_processes(script, tmp_path):
+    names = tmp_path / "hosts"
+    names.write_text("n1\nn2\nn3\nn4\n")
+    environ = {"SCRIPT": script, "HOSTFILE": str(names), "NPROC": "8"}
+    assert _plan([], environ, own_names=("n3",)).world_size == 32
+    with pytest.raises(ValueError, match="name slots=8"):
+        _plan(["--launcher", "deepspeed"], environ)
+
+
+def test_exported_variables_reach_the_processes(script, hostfile):
+    argv = ["--launcher", "mpirun", "--export", "A=1", "--export", "OMP_NUM_THREADS=7"]
+    plan = _plan(argv, {"SCRIPT": script, "HOSTFILE": hostfile, "GLOO_SOCKET_IFNAME": "eth1", "OTHER": "x"})
+    exports = {variable.name: variable.value for variable in plan.exports}
+    assert exports["A"] == "1" and exports["OMP_NUM_THREADS"] == "7", "what is asked for wins over what is computed"
+    handed_on = {name for flag, name in itertools.pairwise(plan.command) if flag == "-x"}
+    assert {"A", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"} <= handed_on and "OTHER" not in handed_on
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_launchers_that_reach_the_nodes_need_no_node_rank(script, hostfile, launcher):
     plan = _plan(["--launcher", launcher], {"SCRIPT": script, "HOSTFILE": hostfile}, own_names=("login",))
@@ -89,6 +109,9 @@ def test_slurm_allocation_is_used(script):
     [
         (["--hostfile", "/nonexistent"], "No such file"),
         (["--num-nodes", "2"], "pass --node-rank"),
+        (["--num-nodes", "2", "--launcher", "deepspeed"], "pass --hostfile"),
+        (["--export", "A"], "--export A: must be NAME=VALUE"),
+        (["--export", "SCRIPT=x"], "SCRIPT is .* in the environment"),
         (["--num-nodes", "2", "--node-rank", "0"], "pass --master-addr"),
         (["--num-nodes", "0"], "must be from 1"),
         (["--tensor-model-parallel-size", "0"], "must be at least 1"),
