@@ -21,6 +21,7 @@ fused: queries, keys, values, result and one number per row (flash-attn, cuDNN, 
 masked: the same and an explicit mask (torch's SDPA with ALiBi, a window or documents)
 blocked, reference: also the attention weights; see `megatron.ops.blocked_attention` and `megatron.ops.reference`
 """
+_BUCKET, _LIVE = 500_000_000, 1_000_000_000
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -54,9 +55,9 @@ class Case:
     """Copies of the sharded training state; stage 0 of the native engine is one copy per data-parallel rank."""
     offload: bool = False
     """DeepSpeed: optimizer state and step on the host."""
-    bucket: int = 500_000_000
+    bucket: int = _BUCKET
     """DeepSpeed: parameters whose gradients are reduced at once (reduce_bucket_size)."""
-    live_parameters: int = 1_000_000_000
+    live_parameters: int = _LIVE
     """DeepSpeed, stage 3: parameters that are gathered at once, at most (stage3_max_live_parameters)."""
     seq_length: int
     micro_batch: int
@@ -133,13 +134,16 @@ class Case:
         return max(1, self.arch.num_kv_heads // self.tp)
 
 
-def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> Case:
+def case_of(
+    settings: Mapping[str, Any], vocab_size: int, machine: Machine, document: Mapping[str, Any] | None = None
+) -> Case:
     """The case that complete settings describe; they must obey the rules of `megatron.config.rules`.
 
     Args:
         settings: every setting by name, world size included.
         vocab_size: tokens the tokenizer can produce.
         machine: what the ranks are.
+        document: content of --deepspeed_config.
     """
     arch = architecture(settings, vocab_size)
     pp, ulysses = settings["pipeline_model_parallel_size"], settings["ds_sequence_parallel_size"]
@@ -162,6 +166,8 @@ def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> C
         zero_stage=settings["zero_stage" if deepspeed else "zero_stage_native"],
         replicas=settings["num_distributed_optimizer_instances"],
         offload=settings["cpu_optimizer"],
+        bucket=_of_zero(document, "reduce_bucket_size", _BUCKET),
+        live_parameters=_of_zero(document, "stage3_max_live_parameters", _LIVE),
         seq_length=settings["seq_length"],
         micro_batch=settings["micro_batch_size"],
         global_batch=settings["global_batch_size"],
@@ -177,6 +183,12 @@ def case_of(settings: Mapping[str, Any], vocab_size: int, machine: Machine) -> C
         documents=settings["reset_attention_mask"],
         compiled=settings["use_torch_compile"],
     )
+
+
+def _of_zero(document: Mapping[str, Any] | None, key: str, default: int) -> int:
+    """A number of the section zero_optimization of DeepSpeed's JSON."""
+    value = (document or {}).get("zero_optimization", {}).get(key)
+    return int(value) if isinstance(value, (int, float)) else default
 
 
 def _moments(settings: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.config.parser import groups
+from megatron.config.parser import all_options, groups
 from megatron.planner import report
 from megatron.planner.machines import MACHINES, Machine, machine
 from megatron.planner.plan import Plan, Refused, make_plan
@@ -19,7 +19,14 @@ from megatron.planner.published import PUBLISHED, compare
 from megatron.planner.request import Request, read_request
 from megatron.planner.search import Candidate, nearest, search
 
-_SECTIONS = ("model", "parallel", "precision", "training", "optimizer", "deepspeed", "device", "equivalents")
+_SECTIONS = ("model", "parallel", "precision", "equivalents")
+_OTHERS = (
+    *("seq_length", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "reset_attention_mask"),
+    *("micro_batch_size", "global_batch_size", "recompute_granularity", "recompute_method", "recompute_num_layers"),
+    *("optimizer", "sgd_momentum", "cpu_optimizer", "deepspeed", "deepspeed_config"),
+    *("attention_backend", "op", "use_torch_compile"),
+)
+_PLACE = ("--local-rank", "--distributed-backend", "--distributed-timeout-minutes")
 SHOWN = 10
 """Layouts that --search prints."""
 
@@ -27,7 +34,9 @@ SHOWN = 10
 def parser() -> argparse.ArgumentParser:
     """The planner's own flags; every other flag is the trainer's."""
     machines = "\n".join(f"  {name:<12} {found.description}" for name, found in MACHINES.items())
-    flags = textwrap.fill(" ".join(_trainer_flags()), 100, initial_indent="  ", subsequent_indent="  ")
+    flags = textwrap.fill(
+        " ".join(_trainer_flags()), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
     result = argparse.ArgumentParser(
         prog="tools/plan.py",
         description="Plan a training run: memory of every rank, traffic, time of a step. Nothing is started. Flags not "
@@ -47,9 +56,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _trainer_flags() -> list[str]:
-    """Flags of the model, the layout, the formats and the batch, and the short forms of other flags."""
+    """Flags of the model, the layout and the formats, and what else makes a difference."""
     found = [option for name in _SECTIONS for option in groups()[name]]
-    return sorted(name for option in found for name in option.names if name.startswith("--"))
+    found += [all_options()[name] for name in _OTHERS]
+    return sorted({option.main for option in found} - set(_PLACE))
 
 
 def main(argv: Sequence[str], say: Callable[[str], None] = print) -> int:

@@ -91,7 +91,7 @@ def possible_case(
         reasons = list(_layout_problems(resolved.settings))
     if reasons:
         return Refused(tuple(reasons))
-    return case_of(resolved.settings, request.vocab_size, machine), resolved
+    return case_of(resolved.settings, request.vocab_size, machine, request.document), resolved
 
 
 def _layout_problems(settings: Mapping[str, Any]) -> list[str]:

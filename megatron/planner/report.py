@@ -14,7 +14,7 @@ from megatron.planner.machines import RESERVED, machine
 from megatron.planner.memory import PARTS, RankMemory
 from megatron.planner.parameters import build_rank
 from megatron.planner.plan import Plan
-from megatron.planner.published import PUBLISHED, Comparison, compare, typical_error
+from megatron.planner.published import PUBLISHED, UNFUSED, Comparison, compare, typical_error
 from megatron.planner.request import Request
 from megatron.planner.search import Candidate
 
@@ -178,8 +178,12 @@ def _traffic_lines(plan: Plan, pipeline_rank: int) -> list[str]:
 def _traffic_row(traffic: Traffic) -> list[str]:
     return [
         *(traffic.axis, traffic.operation, traffic.what, str(traffic.ranks)),
-        *(f"{traffic.payload / 1e6:.3g}", f"{traffic.calls:.0f}", f"{traffic.sent / 1e9:.3g}"),
+        *(_amount(traffic.payload / 1e6), f"{traffic.calls:,.0f}", _amount(traffic.sent / 1e9)),
     ]
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _speed_lines(plan: Plan) -> list[str]:
@@ -206,15 +210,16 @@ def _experience(plan: Plan) -> str:
     """How published runs on this machine compare with estimates like this one."""
     name = plan.case.machine.name
     rows = [row for row in PUBLISHED if row.machine == name]
-    usual = [row for row in rows if not row.fp8] or rows
-    if not usual:
+    alike = [row for row in rows if not row.fp8 and UNFUSED not in row.flags] or rows
+    if not alike:
         return f"no published run on {name} is known to hold this against"
-    shares = sorted(1.0 / (1.0 + one.error) for one in compare(usual))
+    shares = sorted(1.0 / (1.0 + one.error) for one in compare(alike))
     middle = statistics.median(shares)
-    return (
-        f"published runs on {name} reach {shares[0]:.0%} to {shares[-1]:.0%} of such an estimate, half of them "
-        f"{middle:.0%} or more ({middle * plan.speed.tokens_per_second:,.0f} tokens/s here): --compare-published"
-    )
+    runs = f"{len(shares)} published runs on {name} reach {shares[0]:.0%} to {shares[-1]:.0%}"
+    if len(shares) == 1:
+        runs = f"the published run on {name} reaches {middle:.0%}"
+    speed = f"{middle * plan.speed.tokens_per_second:,.0f} tokens/s per rank"
+    return f"{runs} of such an estimate; with the median of {middle:.0%} this one is {speed} (--compare-published)"
 
 
 def search_lines(found: Sequence[Candidate], count: int) -> list[str]:

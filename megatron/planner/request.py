@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config import equivalents, rules
+from megatron.config import deepspeed, equivalents, rules
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.derive import derive
 from megatron.config.logging import LoggingConfig
@@ -35,7 +35,7 @@ def _names(section: type) -> frozenset[str]:
 
 
 LAYOUT = _names(ParallelConfig) | {"micro_batch_size", "global_batch_size", "eval_micro_batch_size"}
-_UNUSED = _names(CheckpointConfig) | _names(LoggingConfig) | frozenset(_SOURCES)
+_UNUSED = _names(CheckpointConfig) | _names(LoggingConfig) | frozenset((*_SOURCES, "deepspeed_config", "dry_run"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class Request:
     """Tokens the tokenizer can produce."""
     assumed: tuple[str, ...]
     """Flags that the trainer needs and that were not given."""
+    document: Mapping[str, Any]
+    """Content of --deepspeed_config."""
     rounds_batch: bool
     """Nobody gave a batch size: what is assumed is rounded up to what a layout can do."""
 
@@ -80,9 +82,12 @@ def read_request(argv: Sequence[str], world_size: int) -> Request:
     """
     flags, unreadable = read(argv)
     given, contradictory = equivalents.expand(flags)
-    if unreadable or contradictory:
-        raise ConfigError([*unreadable, *contradictory])
-    kept = {name: value for name, value in given.items() if name not in _UNUSED and name != "dry_run"}
+    path = given.get("deepspeed_config")
+    document = deepspeed.read_document(path) if path else {}
+    filled, not_understood = deepspeed.settings_of(document)
+    if unreadable or contradictory or not_understood:
+        raise ConfigError([*unreadable, *contradictory, *not_understood])
+    kept = {name: value for name, value in (filled | given).items() if name not in _UNUSED}
     layout = {name: kept.pop(name) for name in LAYOUT & kept.keys()}
     assumed, silent = _fill(kept, given)
     options = all_options()
@@ -104,6 +109,7 @@ def read_request(argv: Sequence[str], world_size: int) -> Request:
         layout=layout,
         vocab_size=next(size for size in sizes if size),
         assumed=assumed,
+        document=document,
         rounds_batch=rounds_batch,
     )
 

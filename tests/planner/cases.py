@@ -69,9 +69,9 @@ _VOCABULARY = 512
 _CPU_LOGITS = 2**17
 
 
-def planned(flags: Sequence[str], world: int) -> tuple[RunConfig, Case]:
+def planned(flags: Sequence[str], world: int, *, tied: bool = False) -> tuple[RunConfig, Case]:
     """The settings of a run of a small LLaMA on the CPU, and its plan."""
-    argv = [*FLAGS, *flags]
+    argv = [word for word in (*FLAGS, *flags) if not (tied and word == "--untie-embeddings-and-output-weights")]
     request = read_request(argv, world)
     resolved = resolve(request)
     assert not resolved.impossible

@@ -82,6 +82,25 @@ def test_bytes_of_the_native_engine(stage, capfd):
         assert size == pytest.approx(expected[operation], abs=scalars)
 
 
+@pytest.mark.parametrize("flags", [(), ("--num-virtual-stages-per-pipeline-rank", "3"), ("--pipeline-schedule", "zbv")])
+def test_bytes_between_pipeline_stages(flags, capfd):
+    """Tied embeddings, so that the first and the last stage talk, too."""
+    cut = ("--pipeline-model-parallel-size", "3", "--global-batch-size", "4")
+    config, plan = planned(["--num-layers", "18", *cut, *flags, "--bf16"], 3, tied=True)
+    rank = 2  # always the same: torch remembers meshes by their shape
+    with fake_world(3, rank):
+        engine = build_engine(config, start(config), plan.arch)
+        settings = StepSettings(lr=1e-3, weight_decay=0.0)
+        with Collectives() as found:
+            engine.train_step([batch(config) for _ in range(4)], settings)
+    expected: Counter[int] = Counter()
+    for traffic in step_traffic(plan, rank):
+        if traffic.axis == "pipeline":
+            expected[traffic.payload] += int(traffic.calls)
+    sent = Counter({size: calls for (operation, size, _), calls in found.calls.items() if operation == "send"})
+    assert sent == expected
+
+
 def _counted(plan, axis) -> Counter:
     calls: Counter = Counter()
     for traffic in step_traffic(plan, 0):

@@ -7,6 +7,7 @@ import pytest
 from megatron.config.parser import ConfigError
 from megatron.planner.case import case_of
 from megatron.planner.machines import MACHINES
+from megatron.planner.plan import make_plan
 from megatron.planner.request import read_request, resolve
 
 
@@ -60,6 +61,13 @@ def test_zero_bubble_v_is_laid_out_there_and_back():
 def test_deepspeed_has_its_own_default_stage():
     found = _case("--preset llama2-7b --bf16 --deepspeed")
     assert (found.engine, found.zero_stage, found.shards) == ("deepspeed", 1, 8)
+
+
+def test_buckets_of_deepspeeds_file(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
+    request = read_request(f"--preset llama2-7b --deepspeed --deepspeed_config {tmp_path}/ds.json".split(), 8)
+    plan = make_plan(request, MACHINES["h100"])
+    assert (plan.case.zero_stage, plan.case.bucket) == (2, 1000)
 
 
 def test_without_flags_the_native_engine_shards_nothing():
