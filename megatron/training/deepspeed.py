@@ -104,6 +104,9 @@ class DeepSpeedEngine:
         device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed()
+        if torch.float64 not in accelerator.capabilities.dtypes:
+            # DeepSpeed would compute and reduce gradient norms in float64, which Ascend's collectives refuse.
+            deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
         for name, parameter in model.named_parameters():
             parameter.tensor_model_parallel = groups.tp.size > 1 and shard_dim(name) is not None  # type: ignore[attr-defined]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -23,6 +23,11 @@ VENDOR_PACKAGE: Mapping[Device, str] = {
     "npu": "torch_npu",
     "neuron": "torch_neuronx",
 }
+_SETTINGS: Mapping[Device, Mapping[str, str]] = {
+    "hpu": {"PT_HPU_LAZY_MODE": "0"},
+    "npu": {"ASCEND_HOME_PATH": "/usr/local/Ascend"},  # set_env.sh of the vendor's toolkit; DeepSpeed reads it
+    "neuron": {},
+}
 BACKEND: Mapping[Device, str] = {"hpu": "hccl", "npu": "hccl", "neuron": "neuron"}
 _HERE = Path(__file__).parent
 
@@ -37,7 +42,7 @@ def need(device: Device) -> None:
 def environment(device: Device) -> dict[str, str]:
     """Variables for a program that is to find the simulated device and its vendor's faked package."""
     paths = [str(_HERE / device), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path), **_SETTINGS[device]}
 
 
 def run_on_sim(
@@ -47,6 +52,7 @@ def run_on_sim(
     world_size: int = 1,
     env: Mapping[str, str] | None = None,
     timeout: float = 180.0,
+    join: bool = True,
 ) -> list[Any]:
     """Call `function(*args)` on `world_size` processes with a simulated device each; results in rank order.
 
@@ -60,20 +66,21 @@ def run_on_sim(
         world_size: number of processes.
         env: further environment variables, such as PT_HPU_LAZY_MODE.
         timeout: seconds until the processes are given up.
+        join: whether several ranks join each other; otherwise the function does it.
     """
     need(device)
-    variables = {"PT_HPU_LAZY_MODE": "0"} | dict(env or {})
-    return run_ranks(world_size, _on_device, device, function, args, timeout=timeout, env=variables, init=False)
+    variables = {**_SETTINGS[device], **(env or {})}
+    return run_ranks(world_size, _on_device, device, join, function, args, timeout=timeout, env=variables, init=False)
 
 
-def _on_device(device: Device, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _on_device(device: Device, join: bool, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     sys.path.insert(0, str(_HERE / device))
     importlib.import_module(VENDOR_PACKAGE[device])
     import torch
     import torch.distributed as dist
 
     torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-    if int(os.environ["WORLD_SIZE"]) > 1:
+    if join and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group(BACKEND[device])
     return function(*args)
 

@@ -73,8 +73,9 @@ def test_collectives_give_the_right_numbers(device):
 def _misuse(device: Device) -> None:
     with pytest.raises(RuntimeError, match="cpu"):
         dist.all_reduce(torch.ones(2))
-    with pytest.raises(RuntimeError, match="Double"):
-        dist.all_reduce(torch.ones(2, dtype=torch.float64, device=device))
+    if device == "npu":
+        with pytest.raises(RuntimeError, match="Double"):
+            dist.all_reduce(torch.ones(2, dtype=torch.float64, device=device))
     if device == "hpu":
         with pytest.raises(RuntimeError, match="AVG"):
             dist.all_reduce(torch.ones(2, device=device), op=dist.ReduceOp.AVG)

@@ -14,8 +14,8 @@ __version__ = "2.13.0+simulation"
 
 runtime.register("npu", npu)
 _operators.register()
-# torch_npu sums and then divides for AVG; HCCL reduces no 64-bit floating point numbers.
-runtime.register_collectives("npu", "hccl", averages=True, not_reduced=frozenset({"Double"}))
+# torch_npu sums and then divides for AVG; HCCL reduces neither float64 (before the A5 chips) nor uint8.
+runtime.register_collectives("npu", "hccl", averages=True, not_reduced=frozenset({"Double", "Byte"}))
 torch.Tensor.is_npu = property(lambda tensor: tensor.device.type == "npu")
 
 npu_fusion_attention = _operators.OPERATORS.function("npu_fusion_attention")

@@ -22,4 +22,4 @@ def initialize_distributed_hpu(
 
 initialize_distributed_hpu()
 # The real one knows SUM, PRODUCT, MIN and MAX.
-runtime.register_collectives("hpu", "hccl", averages=False, not_reduced=frozenset({"Double"}))
+runtime.register_collectives("hpu", "hccl", averages=False, not_reduced=frozenset())

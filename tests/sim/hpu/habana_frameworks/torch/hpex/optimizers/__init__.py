@@ -49,7 +49,7 @@ class FusedAdamW(torch.optim.Optimizer):
         group["step"] = group.get("step", 0) + 1
         beta1, beta2 = group["betas"]
         step_size = group["lr"]
-        if group["bias_correction"]:
+        if group.get("bias_correction", True):  # states of torch.optim.AdamW have no such setting
             step_size *= math.sqrt(1.0 - beta2 ** group["step"]) / (1.0 - beta1 ** group["step"])
         first = parameters[0]
         decay = 1.0 - group["weight_decay"] * group["lr"]
