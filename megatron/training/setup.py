@@ -78,7 +78,7 @@ def _backend(config: RunConfig, accelerator: Accelerator) -> str:
 
 
 def _quiet_dependencies() -> None:
-    """torch 2.13 renames two collectives; FSDP2 and DeepSpeed still call the old names, once per rank and call site."""
+    """Torch 2.13 renames two collectives; FSDP2 and DeepSpeed still call the old names, once per rank and call site."""
     names = "all_gather_into_tensor|reduce_scatter_tensor"
     warnings.filterwarnings("ignore", message=f".*torch.distributed.({names}).* is deprecated", category=FutureWarning)
 
