@@ -307,7 +307,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = {"preprocess": preprocess, "index": index, "read": read}[args.part](args)
     processor = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "?")
-    print(f"\n## {args.part}\n\n`python -m benchmarks.data {' '.join(sys.argv[1:])}`, medians of {args.rounds} rounds, ", end="")
+    command = f"python -m benchmarks.data {' '.join(sys.argv[1:])}"
+    print(f"\n## {args.part}\n\n`{command}`, medians of {args.rounds} rounds, ", end="")
     print(f"{processor}, {os.cpu_count()} processors, Python {platform.python_version()}.\n")
     print("\n".join(rows))
 
