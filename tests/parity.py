@@ -85,34 +85,43 @@ TIED = tuple(word for word in DEEP if word != "--untie-embeddings-and-output-wei
 
 
 def _pipeline(
-    name: str, ranks: int, *flags: str, size: int = 2, stages: tuple[int, ...] = (1,), tied: bool = False
+    name: str,
+    ranks: int,
+    *flags: str,
+    size: int = 2,
+    stages: tuple[int, ...] = (1,),
+    tied: bool = False,
+    deepspeed: bool = False,
 ) -> Layout:
-    """A pipeline with the native engine at some of its stages of sharding."""
+    """A pipeline with the native engine at some stages of sharding, and with DeepSpeed at the one it has."""
     words = ("--pipeline-model-parallel-size", str(size), *flags)
-    return Layout(name, ranks, words, tuple(f"native stage {stage}" for stage in stages), TIED if tied else DEEP)
+    engines = [f"native stage {stage}" for stage in stages] + ["DeepSpeed ZeRO-1"] * deepspeed
+    return Layout(name, ranks, words, tuple(engines), TIED if tied else DEEP)
 
 
 _SCHEDULE, _VIRTUAL = "--pipeline-schedule", ("--num-virtual-stages-per-pipeline-rank", "2")
 _LAYOUT = "--pipeline-model-parallel-layout"
 PIPELINES = (
     _pipeline("PP2 gpipe", 2, _SCHEDULE, "gpipe"),
-    _pipeline("PP2 1f1b", 2),
+    _pipeline("PP2 1f1b", 2, deepspeed=True),
     _pipeline("PP2 interleaved", 2, *_VIRTUAL),
     _pipeline("PP2 zero-bubble", 2, _SCHEDULE, "zero-bubble"),
     _pipeline("PP2 zero-bubble, 2 stages per rank", 2, _SCHEDULE, "zero-bubble", *_VIRTUAL),
     _pipeline("PP2 zbv", 2, _SCHEDULE, "zbv"),
-    _pipeline("PP4 1f1b", 4, size=4),
+    _pipeline("PP4 1f1b", 4, size=4, deepspeed=True),
+    _pipeline("PP2 uneven", 2, _LAYOUT, "Ettt|tL", deepspeed=True),
     _pipeline("PP4 zero-bubble", 4, _SCHEDULE, "zero-bubble", size=4),
     _pipeline("PP4 uneven, layers alone in the middle", 4, _LAYOUT, "E|ttt|t|L", size=4),
-    _pipeline("PP2 DP2 1f1b", 4, stages=(0, 1, 2, 3)),
+    _pipeline("PP2 DP2 1f1b", 4, stages=(0, 1, 2, 3), deepspeed=True),
     _pipeline("PP2 DP2 interleaved", 4, *_VIRTUAL, stages=(0, 1, 2, 3)),
     _pipeline("PP2 DP2 zbv", 4, _SCHEDULE, "zbv", stages=(0, 1)),
-    _pipeline("PP2 TP2 SP 1f1b", 4, *_TENSOR, "2", "--sequence-parallel"),
+    _pipeline("PP2 TP2 1f1b", 4, *_TENSOR, "2", deepspeed=True),
+    _pipeline("PP2 TP2 SP 1f1b", 4, *_TENSOR, "2", "--sequence-parallel", deepspeed=True),
     _pipeline("PP2 TP2 SP zbv", 4, *_TENSOR, "2", "--sequence-parallel", _SCHEDULE, "zbv"),
-    _pipeline("PP2 1f1b, recomputed", 2, "--recompute-granularity", "full"),
+    _pipeline("PP2 1f1b, recomputed", 2, "--recompute-granularity", "full", deepspeed=True),
     _pipeline("PP2 zero-bubble, recomputed", 2, "--recompute-granularity", "full", _SCHEDULE, "zero-bubble"),
     _pipeline("PP2 zbv, recomputed", 2, "--recompute-granularity", "selective", _SCHEDULE, "zbv"),
-    _pipeline("PP4 1f1b, tied embeddings", 4, size=4, tied=True),
+    _pipeline("PP4 1f1b, tied embeddings", 4, size=4, tied=True, deepspeed=True),
     _pipeline("PP2 DP2 interleaved, tied embeddings", 4, *_VIRTUAL, stages=(1, 3), tied=True),
     _pipeline("PP2 DP2 zbv, tied embeddings", 4, _SCHEDULE, "zbv", stages=(0, 1), tied=True),
 )

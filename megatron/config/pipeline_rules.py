@@ -39,13 +39,29 @@ def pipeline_has_stages(
     return None
 
 
-def pipeline_is_native(pipeline_model_parallel_size: int, deepspeed: bool) -> str | None:
-    """DeepSpeed's pipeline is not there yet."""
-    if deepspeed and pipeline_model_parallel_size > 1:
+def deepspeed_has_one_schedule(pipeline_schedule: str, deepspeed: bool) -> str | None:
+    """DeepSpeed's pipeline has one stage per rank."""
+    if deepspeed and pipeline_schedule != "1f1b":
+        return f"--pipeline-schedule {pipeline_schedule}: with --deepspeed it must be 1f1b; leave --deepspeed out"
+    return None
+
+
+def deepspeed_pipeline_shards_the_optimizer(
+    pipeline_model_parallel_size: int, zero_stage: int, deepspeed: bool
+) -> str | None:
+    """DeepSpeed's pipeline has no stages 2 and 3, and clips the gradients of each rank by themselves at stage 0."""
+    if deepspeed and pipeline_model_parallel_size > 1 and zero_stage != 1:
         return (
-            f"--pipeline-model-parallel-size {pipeline_model_parallel_size}: not implemented yet with --deepspeed; "
-            "leave --deepspeed out: the native engine has pipelines and the sharding of --zero-stage 0 to 3"
+            f"--zero-stage {zero_stage}: must be 1 with --deepspeed and --pipeline-model-parallel-size "
+            f"{pipeline_model_parallel_size}; the native engine has pipelines with stages 0 to 3"
         )
+    return None
+
+
+def deepspeed_stages_have_layers(pipeline_stage_layers: tuple[int, ...], deepspeed: bool) -> str | None:
+    """DeepSpeed sums norms per group of parameters, so every stage needs both groups: weights, and biases and norms."""
+    if deepspeed and pipeline_stage_layers[0] == 0:
+        return "the first pipeline stage has no layers: with --deepspeed it must have one; change the cut of the layers"
     return None
 
 
@@ -66,7 +82,9 @@ def split_backward_is_not_compiled(pipeline_schedule: str, use_torch_compile: bo
 RULES: tuple[Rule, ...] = (
     pipeline_has_ranks,
     pipeline_has_stages,
-    pipeline_is_native,
+    deepspeed_has_one_schedule,
+    deepspeed_pipeline_shards_the_optimizer,
+    deepspeed_stages_have_layers,
     split_backward_keeps_parameters,
     split_backward_is_not_compiled,
 )

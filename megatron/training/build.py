@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.pipeline import Placement, StageLayout
 from megatron.mpu.schedule import splits_backward
 from megatron.ops import Ops
-from megatron.training.deepspeed import DeepSpeedEngine, host_adamw
+from megatron.training.deepspeed import DeepSpeedEngine, ModelParallelUnit, host_adamw, mark_split_parameters
+from megatron.training.deepspeed_pipeline import DeepSpeedPipelineEngine
 from megatron.training.engine import Engine
 from megatron.training.half import HalfWeights
 from megatron.training.loss import TokenLoss
@@ -67,17 +69,21 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
 
 
 def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) -> DeepSpeedEngine:
-    model = _model(config, session, arch, session.device, stage_layout(config), 0)
-    initialise_parameters(model, arch, session.groups, config.training.seed)
-    return DeepSpeedEngine(
-        model,
-        token_loss=_token_loss(arch, session),
-        optimizer=_optimizer(config, session.ops, model.named_parameters()),
-        config=merge(config.deepspeed_document, config),
-        groups=session.groups,
-        accelerator=session.accelerator,
-        device=session.device,
-    )
+    layout, groups = stage_layout(config), session.groups
+    model = _model(config, session, arch, session.device, layout, groups.pp.rank)
+    initialise_parameters(model, arch, groups, config.training.seed)
+    parts: dict[str, Any] = {
+        "token_loss": _token_loss(arch, session),
+        "optimizer": _optimizer(config, session.ops, model.named_parameters()),
+        "config": merge(config.deepspeed_document, config),
+        "groups": groups,
+        "accelerator": session.accelerator,
+        "device": session.device,
+    }
+    if layout.ranks > 1:
+        return DeepSpeedPipelineEngine(model, tied=arch.tied_embeddings, **parts)
+    mark_split_parameters(model, groups)
+    return DeepSpeedEngine(model, mpu=ModelParallelUnit(groups), **parts)
 
 
 def _model(

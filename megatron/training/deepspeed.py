@@ -1,6 +1,6 @@
 """The DeepSpeed engine: `deepspeed.initialize` around the same model, whose parameters are plain local tensors.
 
-The only file that imports DeepSpeed.
+DeepSpeed is imported here and in `deepspeed_pipeline`, when an engine is built.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ModelParallelUnit:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed, without its habit of compiling a C++ extension when communication starts on a CPU."""
     import deepspeed
     import deepspeed.ops
@@ -83,10 +83,16 @@ def _import_deepspeed() -> Any:
 
 def host_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
     """DeepSpeed's Adam for optimizer state on the host; compiled with the machine's C++ compiler when first used."""
-    _import_deepspeed()
+    import_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+
+
+def mark_split_parameters(model: nn.Module, groups: ProcessGroups) -> None:
+    """Tell DeepSpeed which parameters are split over the tensor-parallel ranks; they are named logically."""
+    for name, parameter in model.named_parameters():
+        parameter.tensor_model_parallel = groups.tp.size > 1 and shard_dim(name) is not None  # type: ignore[attr-defined]
 
 
 class DeepSpeedEngine:
@@ -99,21 +105,20 @@ class DeepSpeedEngine:
         token_loss: TokenLoss,
         optimizer: torch.optim.Optimizer,
         config: Mapping[str, Any],
+        mpu: ModelParallelUnit | None,
         groups: ProcessGroups,
         accelerator: Accelerator,
         device: torch.device,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         if torch.float64 not in accelerator.capabilities.dtypes:
             # DeepSpeed would compute and reduce gradient norms in float64, which Ascend's collectives refuse.
             deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
-        for name, parameter in model.named_parameters():
-            parameter.tensor_model_parallel = groups.tp.size > 1 and shard_dim(name) is not None  # type: ignore[attr-defined]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=dict(config),
-            mpu=ModelParallelUnit(groups),
+            mpu=mpu,
             dist_init_required=False,
         )
         self._micro_step = MicroStep(self.engine, token_loss)
@@ -125,8 +130,7 @@ class DeepSpeedEngine:
         """Forward and backward of the micro-batches, then one step of DeepSpeed's optimizer; see `Engine`."""
         self.engine.train()
         set_schedules(self.optimizer, settings)
-        if len(microbatches) != self.engine.gradient_accumulation_steps():
-            self._set_microbatches(len(microbatches))
+        self._set_microbatches(len(microbatches))
         scale = self._loss_scale()
         tokens = count_tokens(microbatches, self._groups, self._device)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
@@ -159,6 +163,8 @@ class DeepSpeedEngine:
 
         copies = self._new_copies()
         for parameter in self.engine.module.parameters():
+            if getattr(parameter, "ds_pipe_replicated", False):
+                continue
             gathered = self.engine.zero_optimization_partition_weights()
             value = safe_get_full_fp32_param(parameter) if gathered else parameter.detach()
             copies[self._holders(parameter)].append(value)
@@ -191,6 +197,8 @@ class DeepSpeedEngine:
 
     def _set_microbatches(self, number: int) -> None:
         """Batch ramp-up: DeepSpeed counts micro-batches itself, so it has to be told."""
+        if number == self.engine.gradient_accumulation_steps():
+            return
         micro_batch_size = self.engine.train_micro_batch_size_per_gpu()
         self.engine.set_train_batch_size(micro_batch_size * number * self._groups.dp.size)
 
@@ -208,12 +216,12 @@ class DeepSpeedEngine:
         return self._norm(copies)
 
     def _new_copies(self) -> dict[int, list[torch.Tensor]]:
-        return {self._groups.world.size: [], self._groups.dp.size: []}
+        return {self._groups.world.size // self._groups.pp.size: [], self._groups.dp.size: []}
 
     def _holders(self, parameter: nn.Parameter) -> int:
         """Number of ranks that hold the same elements of this parameter."""
         split = getattr(parameter, "tensor_model_parallel", False)
-        return self._groups.dp.size if split else self._groups.world.size
+        return self._groups.dp.size if split else self._groups.world.size // self._groups.pp.size
 
     def _norm(self, copies: gradients.ByCopies) -> float:
         filled = {holders: tensors for holders, tensors in copies.items() if tensors}

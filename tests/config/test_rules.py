@@ -29,10 +29,22 @@ TABLE = [
         "--num-layers 6: multiple of 4 pipeline stages --pipeline-model-parallel-layout",
     ),
     (
-        P.pipeline_is_native,
-        "--pipeline-model-parallel-size 2 --deepspeed",
+        P.deepspeed_has_one_schedule,
+        "--pipeline-model-parallel-size 2 --deepspeed --pipeline-schedule zbv",
         "",
-        "--pipeline-model-parallel-size 2: leave --deepspeed out",
+        "--pipeline-schedule zbv: with --deepspeed 1f1b",
+    ),
+    (
+        P.deepspeed_pipeline_shards_the_optimizer,
+        "--pipeline-model-parallel-size 2 --deepspeed --zero-stage 2",
+        "",
+        "--zero-stage 2: 1 --deepspeed --pipeline-model-parallel-size 2 native",
+    ),
+    (
+        P.deepspeed_stages_have_layers,
+        "--pipeline-model-parallel-size 2 --deepspeed --standalone-embedding-stage",
+        "",
+        "first pipeline stage has no layers: --deepspeed",
     ),
     (
         P.split_backward_keeps_parameters,

@@ -66,27 +66,20 @@ def test_any_number_of_microbatches_fits(schedule: tuple[str, ...], samples: int
 
 
 @pytest.mark.slow
-def test_evaluation_and_a_growing_batch(tmp_path: Path) -> None:
-    flags = (
-        "--rampup-batch-size",
-        "2",
-        "2",
-        "12",
-        "--train-samples",
-        "40",
-        "--eval-iters",
-        "2",
-        "--eval-interval",
-        "3",
-    )
-    flags += ("--eval-iters", "2", "--eval-interval", "3", "--log-params-norm", "--log-num-zeros-in-grad")
-    for model in (DEEP, TIED):
-        one, two = (_records(layout, flags, tmp_path) for layout in (_one(model), _pipeline(*VIRTUAL, model=model)))
-        assert [record["kind"] for record in one] == [record["kind"] for record in two]
-        for name in ("lm_loss", "grad_norm", "params_norm", "num_zeros"):
-            expected = [record[name] for record in one if name in record]
-            assert expected
-            assert [record[name] for record in two if name in record] == pytest.approx(expected, rel=FLOAT32_TOLERANCE)
+@pytest.mark.parametrize("model", [DEEP, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("engine", [VIRTUAL, ("--deepspeed",)], ids=["native", "DeepSpeed"])
+def test_evaluation_and_a_growing_batch(engine: tuple[str, ...], model: tuple[str, ...], tmp_path: Path) -> None:
+    flags = ("--rampup-batch-size", "2", "2", "12", "--train-samples", "40")
+    flags += ("--eval-iters", "2", "--eval-interval", "3", "--log-params-norm")
+    names = ["lm_loss", "grad_norm", "params_norm"]
+    if engine == VIRTUAL:
+        flags, names = (*flags, "--log-num-zeros-in-grad"), [*names, "num_zeros"]
+    one, two = (_records(layout, flags, tmp_path) for layout in (_one(model), _pipeline(*engine, model=model)))
+    assert [record["kind"] for record in one] == [record["kind"] for record in two]
+    for name in names:
+        expected = [record[name] for record in one if name in record]
+        assert expected
+        assert [record[name] for record in two if name in record] == pytest.approx(expected, rel=FLOAT32_TOLERANCE)
 
 
 def _records(layout: Layout, flags: tuple[str, ...], folder: Path) -> list[Any]:
@@ -134,6 +127,15 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     record = checkpoint.read_record(folder)
     assert record is not None
     return dict(stream_tensors(record.path))
+
+
+@pytest.mark.slow
+def test_deepspeed_goes_on_bit_for_bit_in_the_same_layout(tmp_path: Path) -> None:
+    layout = _pipeline("--deepspeed", model=TIED)
+    whole = curve(layout, (), 2 * SHORT)
+    curve(layout, ("--save", str(tmp_path), "--save-interval", str(SHORT)), SHORT)
+    resumed = curve(layout, ("--load", str(tmp_path), "--exit-on-missing-checkpoint"), 2 * SHORT)
+    assert (resumed.losses, resumed.norms) == (whole.losses[SHORT:], whole.norms[SHORT:])
 
 
 @pytest.mark.slow
