@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch
-from megatron.checkpoint.formats import deepspeed, huggingface, megatron, native, nxd, universal
+from megatron.checkpoint.formats import deepspeed, huggingface, megatron, native, nxd, torch_dist, universal
 from megatron.checkpoint.formats.assets import with_tokenizer
 from megatron.checkpoint.formats.detect import describe, kind_of
 from megatron.checkpoint.formats.model import StoredModel
@@ -44,6 +44,9 @@ FORMATS: Mapping[str, Format] = {
     "megatron": Format(title="Megatron", read=megatron.read, write=megatron.write, sharded=True, moments=False),
     "deepspeed": Format(title="DeepSpeed", read=deepspeed.read, write=deepspeed.write, sharded=True, moments=False),
     "universal": Format(title="universal", read=universal.read, write=universal.write, sharded=True, moments=True),
+    "torch_dist": Format(
+        title="Megatron-Core", read=torch_dist.read, write=torch_dist.write, sharded=False, moments=False
+    ),
     "nxd": Format(title="NeuronX Distributed", read=nxd.read, write=nxd.write, sharded=True, moments=False),
 }
 

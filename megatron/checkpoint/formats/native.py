@@ -16,7 +16,7 @@ from megatron.checkpoint.errors import CheckpointMismatch
 from megatron.checkpoint.files import files_below, record_of
 from megatron.checkpoint.folder import folder_of, latest, list_checkpoints
 from megatron.checkpoint.formats.assets import FOLDER, assets_beside, read_json
-from megatron.checkpoint.formats.dcp import open_container, write_container
+from megatron.checkpoint.formats.dcp import Container, write_container
 from megatron.checkpoint.formats.lazy import LazyTensors, cast_view
 from megatron.checkpoint.formats.model import StoredModel, check, unpadded
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, new_folder
@@ -59,7 +59,7 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
             f"{path} holds the files of an engine: what is in its folder deepspeed is read with --from deepspeed"
         )
     run, progress = read_json(path / RUN), read_json(path / PROGRESS)
-    container = open_container(path)
+    container = Container(path).tensors()
     sections = _sections(container)
     steps = sections.pop(_OPTIMIZER + _STEP, None)
     moments = {name.removeprefix(_OPTIMIZER): tensors for name, tensors in sections.items() if name != _MODEL}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import pickle
 import types
 import zipfile
@@ -101,7 +102,7 @@ def _load(file: Any, **options: Any) -> Any:
     return _Unpickler(file, **options).load()
 
 
-def load_torch(path: Path) -> Any:
+def load_torch(path: Path | io.BytesIO) -> Any:
     """What `torch.save` wrote. Tensors are views of the mapped file: they take memory when they are used.
 
     A file of torch before 1.6 cannot be mapped and is read as a whole.
@@ -112,7 +113,11 @@ def load_torch(path: Path) -> Any:
     pickling = types.SimpleNamespace(__name__="inert", Unpickler=_Unpickler, load=_load)
     try:
         return torch.load(
-            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False, pickle_module=pickling
+            path,
+            map_location="cpu",
+            mmap=isinstance(path, Path) and zipfile.is_zipfile(path),
+            weights_only=False,
+            pickle_module=pickling,
         )
     except FileNotFoundError:
         raise CorruptCheckpoint(f"{path} is missing") from None
