@@ -1,0 +1,107 @@
+"""Our calls of torch_npu against the real package: its own schemas and its own shape inference, on meta tensors.
+
+Opt-in, as it needs the wheel: TORCH_NPU_WHEEL=torch_npu-2.13.0-....whl python -m pytest tests/ops/test_npu_contract.py
+The package itself cannot be imported without Huawei's toolkit; what is read of it are its schema strings and the file
+that infers shapes. The committed snapshot of the schemas is compared with it, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.sim import snapshot
+from tests.support import run_ranks
+
+WHEEL = os.environ.get("TORCH_NPU_WHEEL", "")
+needs_wheel = pytest.mark.skipif(not WHEEL, reason="TORCH_NPU_WHEEL does not name a torch_npu wheel")
+
+
+def _real_package(wheel: Path) -> types.ModuleType:
+    """A module torch_npu whose functions are the real operators, with real schemas and real shape inference."""
+    with zipfile.ZipFile(wheel) as archive:
+        binary = archive.read("torch_npu/lib/libtorch_npu.so")
+        inference = archive.read("torch_npu/op_plugin/meta/_meta_registrations.py").decode()
+    library = torch.library.Library("npu", "DEF")
+    strings = {text.decode() for text in re.findall(rb"[\x20-\x7e]{8,}", binary)}
+    for text in sorted(strings):
+        if re.match(r"\w+(\.\w+)?\(.*\) -> .", text) and not re.search(r"__torch__|\bstd::|::", text):
+            try:
+                torch._C.parse_schema(f"npu::{text}")
+                library.define(text)
+            except RuntimeError:
+                continue  # of another namespace, or twice
+    package = types.ModuleType("torch_npu")
+    error = types.SimpleNamespace(VALUE=0, TYPE=0, PARAM=0, NOT_SUPPORT=0)
+    stubs: dict[str, dict[str, Any]] = {
+        "torch_npu.utils": {},
+        "torch_npu.utils._error_code": {"ErrCode": error, "ops_error": lambda code: ""},
+        "torch_npu.npu": {},
+        "torch_npu.npu.utils": {"get_cann_version": lambda module: "8.5.0"},
+        "torch_npu.npu._backends": {"get_soc_version": lambda: 220},
+    }
+    sys.modules["torch_npu"] = package
+    for name, content in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__dict__.update(content)
+    scope = {"__name__": "torch_npu.op_plugin.meta._meta_registrations", "_kept": library}
+    exec(compile(inference, "_meta_registrations.py", "exec"), scope)
+    package.__dict__.update({name: getattr(torch.ops.npu, name) for name in snapshot.NPU_OPERATORS}, _scope=scope)
+    return package
+
+
+def _shapes(wheel: str) -> list[tuple[str, str, str, Any, Any]]:
+    """(operation, implementation, sample, our result, the definition's result) on meta tensors, as (shape, dtype)."""
+    from megatron import accelerators
+    from megatron.ops import OPERATIONS, implementations, reference
+    from megatron.ops.samples import samples
+
+    _real_package(Path(wheel))
+    meta, found = torch.device("meta"), []
+    for op in (op for op in OPERATIONS if op != "adamw"):
+        for candidate in implementations(accelerators.load("npu"), op):
+            for sample in samples(op, torch.bfloat16, torch.device("cpu"), large=False):
+                arguments = [value.to(meta) if isinstance(value, Tensor) else value for value in sample.args]
+                rules = {name: v.to(meta) if isinstance(v, Tensor) else v for name, v in sample.kwargs.items()}
+                mine = candidate.function(*arguments, **rules)
+                true = getattr(reference, op)(*arguments, **rules)
+                results = [(tuple(result.shape), str(result.dtype)) for result in (mine, true)]
+                found.append((op, candidate.name, sample.label, *results))
+    return found
+
+
+@needs_wheel
+def test_our_calls_fit_the_real_schemas_and_shapes():
+    (found,) = run_ranks(1, _shapes, WHEEL, init=False)
+    assert {name for _, name, *_ in found} >= {"fusion_attention", "masked_softmax", "fused"}
+    assert [row for row in found if row[3] != row[4]] == []
+
+
+def _refused(wheel: str) -> list[str]:
+    package = _real_package(Path(wheel))
+    x = torch.ones(4, 2, 8, device="meta")
+    with pytest.raises(RuntimeError) as refusal:
+        package.npu_rms_norm(x, x[0, 0], eps=1e-5)
+    accepted = package.npu_rms_norm(x, x[0, 0, :3], epsilon=1e-5)  # why every call stands behind checks of our own
+    return [str(refusal.value).splitlines()[0], str(tuple(accepted[0].shape))]
+
+
+@needs_wheel
+def test_the_real_package_checks_names_but_not_shapes():
+    ((message, shape),) = run_ranks(1, _refused, WHEEL, init=False)
+    assert "Unknown keyword argument 'eps'" in message
+    assert shape == "(4, 2, 8)"
+
+
+@needs_wheel
+def test_the_committed_snapshot_is_that_of_the_wheel():
+    assert snapshot.npu(Path(WHEEL)) == snapshot.read("npu")
