@@ -18,6 +18,9 @@ from megatron.planner.command import main
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        sys.exit(0)
     except ValueError as problem:
         sys.stderr.write(f"{problem}\n")
         sys.exit(2)

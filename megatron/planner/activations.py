@@ -157,6 +157,8 @@ def _attention_extra(case: Case) -> list[Saved]:
         pairs = batch * heads // case.cp * _blocked_pairs(length, arch.sliding_window)
         kept = pairs * case.itemsize if length <= KEEP_WEIGHTS_UP_TO else 0
         return [Saved("attention weights", kept + (pairs if arch.attention_dropout > 0.0 else 0))]
+    if case.kernels.attention == "weights":
+        return [Saved("attention weights", pairs * case.itemsize)]
     found = [Saved("attention: row normalizers", case.tokens * heads * 4)]
     if case.kernels.attention == "masked":
         copies = (heads if arch.position == "alibi" else 1) * (batch if case.documents else 1)

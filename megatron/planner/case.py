@@ -14,13 +14,29 @@ from megatron.mpu.schedule import ScheduleName
 from megatron.mpu.topology import Topology
 from megatron.planner.machines import Machine
 
-AttentionKernel = Literal["fused", "masked", "blocked", "reference"]
+AttentionKernel = Literal["fused", "masked", "weights", "blocked", "reference"]
 """What attention keeps for the backward pass:
 
 fused: queries, keys, values, result and one number per row (flash-attn, cuDNN, vendors' kernels)
 masked: the same and an explicit mask (torch's SDPA with ALiBi, a window or documents)
-blocked, reference: also the attention weights; see `megatron.ops.blocked_attention` and `megatron.ops.reference`
+weights: the attention weights of all pairs, in the dtype of the model
+blocked, reference: see `megatron.ops.blocked_attention` and `megatron.ops.reference`
 """
+ATTENTION_KERNELS: Mapping[str, tuple[AttentionKernel, AttentionKernel]] = {
+    "flash_attn": ("fused", "fused"),
+    "flash_attn_3": ("fused", "fused"),
+    "fusion_attention": ("fused", "masked"),
+    "sdpa": ("fused", "masked"),
+    "fused_sdpa": ("weights", "weights"),
+    "fused_sdpa_fast": ("weights", "weights"),
+    "fused_sdpa_recompute": ("fused", "masked"),
+    "fused_sdpa_fast_recompute": ("fused", "masked"),
+    "masked_softmax": ("weights", "weights"),
+    "compiled_sdpa": ("weights", "weights"),
+    "blocked": ("blocked", "blocked"),
+    "reference": ("reference", "reference"),
+}
+"""By implementation of the operation: without, and with ALiBi, a window or documents."""
 _BUCKET, _LIVE = 500_000_000, 1_000_000_000
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -179,7 +195,7 @@ def case_of(
         itemsize=_ITEMSIZE[settings["params_dtype"]],
         grad_itemsize=2 if settings["grad_reduce_in_bf16"] else 4,
         moments=_moments(settings),
-        kernels=Kernels(attention=_attention(settings, arch)),
+        kernels=Kernels(attention=_attention(settings, arch, machine)),
         documents=settings["reset_attention_mask"],
         compiled=settings["use_torch_compile"],
     )
@@ -197,14 +213,15 @@ def _moments(settings: Mapping[str, Any]) -> int:
     return 2
 
 
-def _attention(settings: Mapping[str, Any], arch: Architecture) -> AttentionKernel:
-    """The kernel that is asked for; without a wish, torch's own."""
+def _attention(settings: Mapping[str, Any], arch: Architecture, machine: Machine) -> AttentionKernel:
+    """The kernel that is asked for; without a wish, that of the machine."""
     asked = dict(item.split("=", 1) for item in settings["op"]).get("attention")
     backend = settings["attention_backend"]
-    if asked in ("reference", "blocked"):
-        return "reference" if asked == "reference" else "blocked"
     if asked is None and (backend in ("unfused", "local") or not settings["masked_softmax_fusion"]):
-        return "reference"
-    wants_mask = arch.position == "alibi" or arch.sliding_window is not None or settings["reset_attention_mask"]
-    own_kernel = asked not in (None, "sdpa") or (asked is None and backend == "flash")
-    return "masked" if wants_mask and not own_kernel else "fused"
+        asked = "reference"
+    elif asked is None and backend == "flash":
+        asked = "flash_attn"
+    elif asked is None or (asked == "sdpa" and machine.attention_op == "compiled_sdpa"):
+        asked = machine.attention_op
+    masked = arch.position == "alibi" or arch.sliding_window is not None or settings["reset_attention_mask"]
+    return ATTENTION_KERNELS.get(asked, ATTENTION_KERNELS["sdpa"])[1 if masked else 0]

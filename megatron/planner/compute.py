@@ -117,7 +117,7 @@ def attention_seconds(case: Case) -> tuple[float, float]:
     arch, machine, kernel = case.arch, case.machine, case.kernels.attention
     heads = arch.num_heads // case.tp * case.micro_batch
     # A kernel with an explicit mask computes the hidden half of the scores, too.
-    all_pairs = kernel in ("masked", "reference")
+    all_pairs = kernel in ("masked", "weights", "reference")
     pairs = case.seq_length**2 if all_pairs else attention_pairs(case.seq_length, arch.sliding_window)
     flops = 4.0 * pairs / case.cp * arch.head_dim * heads
     if kernel in ("blocked", "reference"):
@@ -126,8 +126,11 @@ def attention_seconds(case: Case) -> tuple[float, float]:
         return flops / rate + scores, 2.0 * (flops / rate + scores)
     peak = machine.fp32_peak if case.itemsize == 4 else machine.peak
     shape = _head_dim_rate(arch.head_dim) / _head_dim_rate(_REFERENCE_HEAD_DIM)
-    forward, backward = (share * shape * peak for share in machine.attention)
-    return flops / forward, _BACKWARD_ATTENTION * flops / backward
+    forward, backward = (flops / (share * shape * peak) for share in machine.attention)
+    if kernel == "weights":  # which need not be computed again, but are written and read
+        weights = moved(machine, float(case.itemsize) * pairs / case.cp * heads)
+        return forward + weights, 2.0 * backward + weights
+    return forward, _BACKWARD_ATTENTION * backward
 
 
 def _head_dim_rate(head_dim: int) -> float:

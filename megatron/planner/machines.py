@@ -46,6 +46,8 @@ class Machine:
     """The same share of the FP8 peak."""
     attention: tuple[float, float]
     """Share of the peak of a fused attention kernel, forward and backward, causal, head dim 128."""
+    attention_op: str = "sdpa"
+    """Implementation of attention that a run takes by default."""
     memory: int
     """Bytes of a rank."""
     bandwidth: float
@@ -144,6 +146,7 @@ _GAUDI2 = Machine(
     fp8_matmul=0.955,
     knee=245,
     attention=(0.45, 0.40),
+    attention_op="fused_sdpa",
     memory=int(94.6 * _GIB),
     bandwidth=2.45e12,
     ranks_per_node=8,
@@ -167,6 +170,7 @@ _GAUDI3 = Machine(
     fp8_matmul=0.769,
     knee=635,
     attention=(0.35, 0.30),
+    attention_op="fused_sdpa",
     memory=126 * _GB,
     bandwidth=3.67e12,
     ranks_per_node=8,
@@ -189,6 +193,7 @@ _ASCEND910B = Machine(
     matmul=0.80,
     knee=275,
     attention=(0.45, 0.35),
+    attention_op="fusion_attention",
     memory=64 * _GB,
     bandwidth=1.6e12,
     ranks_per_node=8,
@@ -210,6 +215,7 @@ _TRN1 = Machine(
     matmul=0.80,
     knee=320,
     attention=(0.35, 0.30),
+    attention_op="compiled_sdpa",  # torch's own operators, which the vendor's compiler fuses as it can
     memory=16 * _GIB,
     bandwidth=410 * _GB,
     ranks_per_node=32,
@@ -231,6 +237,7 @@ _TRN2 = Machine(
     matmul=0.80,
     knee=320,
     attention=(0.35, 0.30),
+    attention_op="compiled_sdpa",
     memory=24 * _GIB,
     bandwidth=725 * _GB,
     ranks_per_node=64,

@@ -28,6 +28,11 @@ _SHORT = {
     "logits and loss": "loss",
     "working memory": "working",
 }
+_ATTENTION: Mapping[str, str] = {
+    "masked": "attention keeps an explicit mask; kernels that need none (--op attention=flash_attn) do not",
+    "weights": "attention keeps its weights; --recompute-granularity selective drops them, as do kernels that compute "
+    "them again (--op attention=fused_sdpa_recompute on Gaudi)",
+}
 _SECONDS = {
     "matmul": "matrix products",
     "attention": "attention",
@@ -108,10 +113,8 @@ def _heading(case: Case, request: Request) -> list[str]:
         lines.append(f"assumed: {' '.join(request.assumed)}")
     if case.itemsize == 4:
         lines.append("float32 because neither --bf16 nor --fp16 was given")
-    if case.kernels.attention == "masked":
-        lines.append(
-            "attention: torch's SDPA keeps an explicit mask; --op attention=flash_attn, where installed, does not"
-        )
+    if case.kernels.attention in _ATTENTION and case.recompute.granularity == "none":
+        lines.append(_ATTENTION[case.kernels.attention])
     return lines
 
 

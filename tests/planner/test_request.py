@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from megatron.accelerators import DEVICES, load
 from megatron.config.parser import ConfigError
-from megatron.planner.case import case_of
+from megatron.ops import implementations
+from megatron.planner.case import ATTENTION_KERNELS, case_of
 from megatron.planner.machines import MACHINES
 from megatron.planner.plan import make_plan
 from megatron.planner.request import read_request, resolve
@@ -72,6 +74,26 @@ def test_buckets_of_deepspeeds_file(tmp_path):
 
 def test_without_flags_the_native_engine_shards_nothing():
     assert _case("--preset llama2-7b --bf16").shards == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "kernel"),
+    [
+        ("gaudi2", "", "weights"),
+        ("gaudi2", "--op attention=fused_sdpa_recompute", "fused"),
+        ("ascend910b", "", "fused"),
+        ("trn1", "--op attention=sdpa", "weights"),
+    ],
+)
+def test_attention_kernel_of_a_machine(name, more, kernel):
+    plan = make_plan(read_request(f"--preset llama2-7b {more}".split(), 8), MACHINES[name])
+    assert plan.case.kernels.attention == kernel
+
+
+def test_names_of_attention_kernels_are_those_of_the_devices():
+    devices = [load(name) for name in DEVICES]
+    known = {found.name for device in devices for found in implementations(device, "attention")}
+    assert known == set(ATTENTION_KERNELS) - {"compiled_sdpa"}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ CASES = {
     ),
     "LLaMA-3.1 70B on 32 trn1 nodes": (
         "--preset llama3.1-70b --world-size 1024 --machine trn1 --bf16 --tensor-model-parallel-size 32 "
-        "--pipeline-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer --global-batch-size 1024"
+        "--pipeline-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer --global-batch-size 1024 "
+        "--recompute-granularity selective"
     ),
     "LLaMA-3.1 405B on 1024 H100": (
         "--preset llama3.1-405b --world-size 1024 --machine h100 --bf16 --tensor-model-parallel-size 8 "
