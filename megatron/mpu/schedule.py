@@ -222,6 +222,16 @@ def _named(task: Task) -> Task:
     return task._replace(kind="I") if task.kind == "B" else task
 
 
+def describe(name: ScheduleName, layout: StageLayout, microbatches: int) -> str:
+    """A pipeline in a line for the log."""
+    idle = simulate(order_tasks(name, layout, microbatches), layout).idle
+    layers = " ".join(str(count) for count in layout.layers)
+    return (
+        f"pipeline: {name}, {layout.ranks} ranks of {layout.chunks} stages, layers of the stages: {layers}; "
+        f"with {microbatches} micro-batches ranks are idle for {idle:.1%} of the time"
+    )
+
+
 def with_receives(orders: Sequence[Sequence[Task]], layout: StageLayout, rank: int) -> list[Task | Receive]:
     """The tasks of one rank and, between them, when it gets ready to receive what it needs from other ranks.
 

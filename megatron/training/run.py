@@ -18,7 +18,8 @@ from megatron import checkpoint
 from megatron.config import dump
 from megatron.config.architecture import Architecture
 from megatron.config.run import RunConfig
-from megatron.training.build import build_engine
+from megatron.mpu.schedule import describe
+from megatron.training.build import build_engine, stage_layout
 from megatron.training.data import build_data
 from megatron.training.engine import SaveTarget
 from megatron.training.loop import LoopSettings, Training
@@ -76,6 +77,8 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
         checkpoint.check_writable(config.checkpoint.save)
     plan = batch_plan(config)
     say(plan.describe())
+    if (layout := stage_layout(config)).ranks > 1:
+        say(describe(config.parallel.pipeline_schedule, layout, plan.final.microbatches))
     engine = build_engine(config, session, arch)
     say(f" > number of parameters: {arch.num_parameters()} (whole model, without vocabulary padding)")
     with timers("load-checkpoint"):

@@ -10,6 +10,7 @@ from megatron.mpu.schedule import (
     Receive,
     ScheduleName,
     Task,
+    describe,
     needs,
     order_tasks,
     simulate,
@@ -121,7 +122,8 @@ def test_idle_time_is_what_the_papers_say(ranks: int) -> None:
     for chunks in (2, 3):
         assert idle("interleaved", chunks, costs) == pytest.approx((ranks - 1) / (chunks * m + ranks - 1))
     # ZB-H1 leaves a third of the bubble; ZB-V only that ranks begin and end one after the other.
-    assert idle("zero-bubble", 1, costs) == pytest.approx((ranks - 1) / (3 * m + ranks - 1))
+    for chunks in (1, 2, 3):
+        assert idle("zero-bubble", chunks, costs) == pytest.approx((ranks - 1) / (3 * chunks * m + ranks - 1))
     assert idle("zbv", 2, costs) == pytest.approx((ranks - 1) / (6 * m + ranks - 1))
 
 
@@ -157,6 +159,13 @@ def test_a_zero_bubble_schedule_delays_weight_gradients() -> None:
     tasks = order_tasks("zero-bubble", StageLayout(4, (1,) * 4), 6)[2]
     text = " ".join(f"{task.kind}{task.microbatch}" for task in tasks)
     assert text == "F0 F1 I0 F2 I1 F3 I2 W0 F4 I3 W1 F5 I4 W2 I5 W3 W4 W5"
+
+
+def test_a_line_says_what_the_pipeline_is() -> None:
+    assert describe("interleaved", StageLayout(2, (1, 2, 2, 1)), 4) == (
+        "pipeline: interleaved, 2 ranks of 2 stages, layers of the stages: 1 2 2 1; "
+        "with 4 micro-batches ranks are idle for 11.1% of the time"
+    )
 
 
 @pytest.mark.parametrize(
