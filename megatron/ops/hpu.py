@@ -7,7 +7,8 @@ host without a word: nothing listed here uses one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops import portable, reference
+from megatron.ops.compiled_adamw import Batch, CompiledAdamW
 from megatron.ops.registry import ADAMW_TOLERANCE, TOLERANCE, Implementation, implements
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,6 +157,47 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return portable.chunked_cross_entropy(logits, labels, _CHUNK_LOGITS)
 
 
+class GaudiAdamW(CompiledAdamW):
+    """AdamW through Gaudi's kernel, with the state of torch.optim.AdamW.
+
+    The vendor's own optimizer over this kernel counts its steps per group and keeps 0 in the state of each parameter: a
+    checkpoint of one optimizer restarts the bias correction of the other. Here `step` is in the state of the parameter
+    and nowhere else.
+
+    The kernel adds eps to the root of the second moment before the bias of that is corrected, and would be compiled
+    anew for every value of eps. So eps is corrected, too, but to the nearest power of two: in the first steps it is off
+    by a factor of at most 1.4, where the vendor's optimizer is off by up to 30, and the kernel is compiled a few times.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of all parameters that have a gradient, which ends the graph in lazy mode."""
+        from habana_frameworks.torch import core
+        from habana_frameworks.torch.utils.internal import is_lazy
+
+        loss = super().step(closure)
+        if is_lazy():
+            core.mark_step()
+        return loss
+
+    def update(self, batch: Batch) -> None:
+        """Update moments and weights in one kernel; how it takes the decay differs between the two modes."""
+        from habana_frameworks.torch.utils.internal import is_lazy
+
+        step, kept = batch.on_device(-batch.step_size * batch.correction, batch.kept).unsqueeze(1)
+        torch.ops.hpu.optimizer_adamw(
+            batch.gradients,
+            batch.weights,
+            batch.exp_avg,
+            batch.exp_avg_sq,
+            step,
+            *batch.betas,
+            batch.eps * 2.0 ** round(math.log2(batch.correction)),
+            *((batch.kept,) if is_lazy() else (kept, batch.kept != 1.0)),
+            None,
+            None,
+        )
+
+
 @implements(reference.adamw, name="fused", tolerance=ADAMW_TOLERANCE, why_unavailable=_unavailable)
 def adamw(
     groups: Iterable[dict[str, Any]],
@@ -164,9 +207,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Gaudi's AdamW kernel for many parameters at once."""
-    from megatron.ops.hpu_adamw import GaudiAdamW
-
+    """Gaudi's AdamW kernel for many parameters at once; see `GaudiAdamW`."""
     return GaudiAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 

@@ -6,10 +6,15 @@ static and nothing reads a value on the host, so that every step runs what the f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from megatron.ops import portable, reference
-from megatron.ops.registry import Implementation, implements
+from megatron.ops.compiled_adamw import CompiledAdamW
+from megatron.ops.registry import ADAMW_TOLERANCE, Implementation, implements
 
 _CHUNK_LOGITS = 2**26
 """A quarter GiB of float32 logits at a time: large enough to fill the core, small beside the logits themselves."""
@@ -19,6 +24,19 @@ _CHUNK_LOGITS = 2**26
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """See `portable.chunked_cross_entropy`."""
     return portable.chunked_cross_entropy(logits, labels, _CHUNK_LOGITS)
+
+
+@implements(reference.adamw, name="compiled", tolerance=ADAMW_TOLERANCE)
+def adamw(
+    groups: Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Plain operations on all parameters at a time, none of which is compiled twice; see `CompiledAdamW`."""
+    return CompiledAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -31,5 +49,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.geglu,
     portable.bias_gelu,
     cross_entropy,
+    adamw,
     portable.adamw,
 )

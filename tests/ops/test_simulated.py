@@ -16,7 +16,10 @@ from tests.sim.run import DEVICES, run_on_sim
 
 pytestmark = pytest.mark.slow
 
-COPIES = {("hpu", "adamw", "fused"): "one tensor per step with the step size, so that no kernel is compiled for it"}
+COPIES = {
+    ("hpu", "adamw", "fused"): "one tensor per group and step with its numbers, so that no kernel is compiled for them",
+    ("neuron", "adamw", "compiled"): "the same",
+}
 """Kernels that may copy to the device, and why."""
 
 

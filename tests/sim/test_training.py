@@ -14,6 +14,7 @@ import pytest
 
 from megatron.training.metrics import read_metrics
 from tests.parity import FLOAT32_TOLERANCE, MODEL, TRAINING, Curve, difference, one_process, train
+from tests.sim import snapshot
 from tests.sim.build import Device
 from tests.sim.run import DEVICES, Counts, counted, run_on_sim
 from tests.support import run_ranks
@@ -21,6 +22,7 @@ from tests.support import run_ranks
 pytestmark = pytest.mark.slow
 
 STEPS = 4
+MICRO_STEPS = 8 // 2  # global over micro-batch size
 BFLOAT16_TOLERANCE = 5e-3
 """Relative, of the loss: other kernels round other intermediate results to 8 bits."""
 
@@ -103,9 +105,26 @@ def _train_and_count(device: Device, arguments: list[str]) -> Counts:
         return counts()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_stays_on_the_device_and_compiles_nothing(device, tmp_path):
+    found = []
+    for steps in (STEPS, STEPS + 1):
+        (tmp_path / str(steps)).mkdir()
+        arguments = _arguments(tmp_path / str(steps), device, steps, ())
+        found += run_on_sim(device, _train_and_count, device, arguments, join=False)
+    shorter, longer = found
+    reads = {name: count - shorter.host_reads.get(name, 0) for name, count in longer.host_reads.items()}
+    assert reads == {"aten::_local_scalar_dense": 2}, "the loss and the gradient norm"
+    assert longer.to_host == shorter.to_host
+    assert longer.to_device - shorter.to_device <= 5 * MICRO_STEPS + 3, "the batches, and numbers of the optimizer"
+    if device != "npu":  # whose kernels are not compiled for the learning rate
+        assert longer.new_signatures == shorter.new_signatures
+    if device != "neuron":  # its vendor publishes no table of operators
+        assert sorted(longer.torch_operators() - set(snapshot.read(device)["native"])) == []
+
+
 def test_lazy_gaudi_cuts_its_graph_once_per_micro_step_and_update(tmp_path):
     arguments = _arguments(tmp_path, "hpu", STEPS, ())
     (counts,) = run_on_sim("hpu", _train_and_count, "hpu", arguments, env={"PT_HPU_LAZY_MODE": "1"}, join=False)
-    micro_steps = 8 // 2  # global over micro-batch size
-    assert counts.events == {"mark_step": STEPS * (micro_steps + 1)}
+    assert counts.events == {"mark_step": STEPS * (MICRO_STEPS + 1)}
     _check(_losses(tmp_path), _plain())
