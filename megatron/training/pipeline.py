@@ -98,7 +98,7 @@ class Pipeline:
     def _run(self, microbatches: Sequence[Batch], weight: Tensor | None) -> Tensor:
         for stage in self.stages.values():
             stage.train(weight is not None)
-        step = _Step(self, [batch.to(self.device) for batch in microbatches], weight)
+        step = _Step(self, [batch.to(self.device, non_blocking=True) for batch in microbatches], weight)
         step.run(self._plan(len(microbatches), training=weight is not None))
         return self.groups.sum_over_pipeline(step.loss)
 
@@ -122,12 +122,15 @@ class _Step:
         self._pipeline, self._layout = pipeline, pipeline.settings.layout
         self._batches, self._weight = batches, weight
         self._hidden: dict[Place, Pending] = {}
-        """Inputs of stages, and below the gradients of their outputs."""
+        """Inputs of stages, which have arrived or will."""
         self._gradients: dict[Place, Pending] = {}
+        """The same of the gradients of their outputs."""
         self._graphs: dict[Place, tuple[Tensor, GradientEdge]] = {}
-        """Input of a stage and where the backward computation begins."""
+        """Input of a stage and where its backward computation begins."""
         self._tasks: dict[Place, list[WeightTask]] = {}
+        """What is left of backward computations."""
         self._sent: dict[tuple[int, str], Pending] = {}
+        """The last thing sent to a rank in a direction."""
 
     def run(self, plan: Sequence[Task | Receive]) -> None:
         """Do the work."""

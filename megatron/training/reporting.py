@@ -114,7 +114,7 @@ def _writers(
 
 
 def layout_name(config: RunConfig) -> str:
-    """The layout in a few letters, such as "TP2 DP2, ZeRO-1"."""
+    """The layout in a few letters, such as "TP2 PP4 DP2 SP 1f1b, stage 1"."""
     parallel = config.parallel
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
@@ -125,6 +125,8 @@ def layout_name(config: RunConfig) -> str:
     name = " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1 process"
     if parallel.sequence_parallel:
         name += " SP"
+    if parallel.pipeline_model_parallel_size > 1:
+        name += f" {parallel.pipeline_schedule}"
     if config.deepspeed.deepspeed:
         return f"{name}, DeepSpeed ZeRO-{parallel.zero_stage}"
     return f"{name}, stage {parallel.zero_stage_native}" if parallel.data_parallel_size > 1 else name
