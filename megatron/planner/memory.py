@@ -201,4 +201,6 @@ def stage_activations(case: Case, stage: int) -> int:
         held += activations.total(activations.embedding(case))
     if stage == case.stages.last:
         held += activations.total(activations.head(case))
+    elif case.engine == "deepspeed":
+        held += activations.hidden_bytes(case)  # its pipeline keeps what it has sent until the backward pass
     return held

@@ -78,7 +78,7 @@ PIPELINES = {
 @pytest.mark.parametrize("name", PIPELINES)
 def test_peak_of_a_step_of_a_pipeline(name, capfd):
     ranks, rank, flags = PIPELINES[name]
-    cut = ("--pipeline-model-parallel-size", str(ranks), "--global-batch-size", "16")
+    cut = ("--pipeline-model-parallel-size", str(ranks), "--global-batch-size", "12")
     config, plan = planned([*LONG, "--bf16", *_SGD, *cut, *flags], ranks)
     found = _measured(config, plan, rank)
     assert 1 - TOO_LITTLE < rank_memory(plan, rank).peak.total / found < 1 + TOO_MUCH
