@@ -17,6 +17,8 @@ class Capabilities:
     """Floating point types that matrix products run in natively."""
     async_collectives: bool = True
     """`all_reduce(async_op=True)` really overlaps with computation."""
+    compile_backend: str | None = "inductor"
+    """The backend of torch.compile that makes code for the device; None where nothing can be compiled."""
     pinned_memory: bool = False
     """Copies from page-locked host memory are faster and can overlap with computation."""
     step_boundary_per_micro_step: bool = False

@@ -53,9 +53,12 @@ class Hpu:
 
     @property
     def capabilities(self) -> Capabilities:
-        """No float64 matrix products; lazy mode wants its graph cut after every micro-step."""
-        dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16})
-        return Capabilities(dtypes=dtypes, step_boundary_per_micro_step=is_lazy())
+        """No float64 matrix products; lazy mode wants its graph cut after every micro-step, and no torch.compile."""
+        return Capabilities(
+            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+            step_boundary_per_micro_step=is_lazy(),
+            compile_backend=None if is_lazy() else "hpu_backend",
+        )
 
     def unavailable_reason(self) -> str:
         """Why no Gaudi card can be used; empty when one can."""

@@ -45,7 +45,8 @@ class Neuron:
     @property
     def capabilities(self) -> Capabilities:
         """No float64 matrix products."""
-        return Capabilities(dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}))
+        dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16})
+        return Capabilities(dtypes=dtypes, compile_backend="neuron")
 
     def unavailable_reason(self) -> str:
         """Why no core can be used; empty when one can."""

@@ -44,6 +44,7 @@ class NeuronXla:
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
             async_collectives=False,
             step_boundary_per_micro_step=True,
+            compile_backend=None,
         )
 
     def unavailable_reason(self) -> str:

@@ -33,7 +33,8 @@ class Npu:
     @property
     def capabilities(self) -> Capabilities:
         """No float64 matrix products, and no collectives of float64 numbers."""
-        return Capabilities(dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}))
+        dtypes = frozenset({torch.float32, torch.bfloat16, torch.float16})
+        return Capabilities(dtypes=dtypes, compile_backend="npu")
 
     def unavailable_reason(self) -> str:
         """Why no NPU can be used; empty when one can."""

@@ -108,7 +108,8 @@ def _model(
     )
     if config.device.use_torch_compile:
         for block in model.layers.values():
-            block.forward = torch.compile(block.forward)  # the forward alone: hooks of the engines stay outside
+            # The forward alone: hooks of the engines stay outside.
+            block.forward = torch.compile(block.forward, backend=session.accelerator.capabilities.compile_backend)
     return model
 
 

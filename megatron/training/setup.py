@@ -137,6 +137,8 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
         name = implementations(accelerator, "rms_norm")[0].name if settings.use_fused_rmsnorm else "reference"
         ask("rms_norm", name, "--use-fused-rmsnorm")
     if settings.use_torch_compile:
+        if accelerator.capabilities.compile_backend is None:
+            raise SetupError(f"--use-torch-compile: {accelerator.device_description()} cannot compile; leave it out")
         for op in _COMPILED:
             asked.setdefault(op, "reference")
     if config.optimizer.optimizer == "fusedadamw":

@@ -123,6 +123,25 @@ def test_a_step_stays_on_the_device_and_compiles_nothing(device, tmp_path):
         assert sorted(longer.torch_operators() - set(snapshot.read(device)["native"])) == []
 
 
+def _compile(arguments: list[str]) -> Counts:
+    from torch_neuronx import _compiler
+
+    _compiler.register()
+    return _train_and_count("neuron", arguments)
+
+
+def test_compiled_layers_equal_the_cpus(tmp_path):
+    arguments = _arguments(tmp_path, "neuron", STEPS, ("--use-torch-compile", "true"))
+    (counts,) = run_on_sim("neuron", _compile, arguments, join=False)
+    assert counts.events["compile"] >= 1
+    _check(_losses(tmp_path), _plain())
+
+
+def test_lazy_gaudi_cannot_compile(tmp_path):
+    with pytest.raises(AssertionError, match=r"GAUDI2 .* lazy mode cannot compile; leave it out"):
+        _train(tmp_path, "hpu", 1, ("--use-torch-compile", "true"), env={"PT_HPU_LAZY_MODE": "1"})
+
+
 def test_lazy_gaudi_cuts_its_graph_once_per_micro_step_and_update(tmp_path):
     arguments = _arguments(tmp_path, "hpu", STEPS, ())
     (counts,) = run_on_sim("hpu", _train_and_count, "hpu", arguments, env={"PT_HPU_LAZY_MODE": "1"}, join=False)
