@@ -19,8 +19,14 @@ class CheckpointConfig:
         None, "Of old checkpoints keep those at multiples of this number of iterations.", minimum=1
     )
     keep_last: int | None = option(None, "Number of newest checkpoints to keep. Default: all.", minimum=1)
+    save_hf: str | None = option(
+        None, "Folder to write the trained model to, as Hugging Face stores it, from the last checkpoint in --save."
+    )
     no_save_optim: bool | None = option(None, "Save no optimizer state.")
-    load: str | None = option(None, "Directory that a checkpoint is read from.")
+    load: str | None = option(
+        None,
+        "Directory that a checkpoint is read from, or a Hugging Face folder whose weights training begins with.",
+    )
     ckpt_step: int | None = option(None, "Iteration whose checkpoint is loaded. Default: the latest.", minimum=0)
     no_load_optim: bool | None = option(None, "Do not load optimizer state.")
     no_load_lr_state: bool = option(False, "Do not load the position in the learning-rate schedule.")

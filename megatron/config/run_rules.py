@@ -179,6 +179,17 @@ def deepspeed_has_its_flag(deepspeed: bool, deepspeed_config: str | None) -> str
     return None
 
 
+def export_needs_checkpoints(save: str | None, save_hf: str | None, skip_train: bool, deepspeed: bool) -> str | None:
+    """The model is exported from a checkpoint of this run, in which all its parts are together."""
+    if save_hf is None:
+        return None
+    if save is None:
+        return f"--save-hf {save_hf}: needs --save, because it is written from the last checkpoint"
+    if deepspeed:
+        return f"--save-hf {save_hf}: only with the native engine, without --deepspeed"
+    return f"--save-hf {save_hf}: not with --skip-train, which trains nothing" if skip_train else None
+
+
 def deepspeed_keeps_to_itself(deepspeed: bool, no_save_optim: bool | None, log_num_zeros_in_grad: bool) -> str | None:
     """DeepSpeed writes its optimizer into every checkpoint and has no gradients left to look at after a step."""
     flags = {"--no-save-optim": no_save_optim, "--log-num-zeros-in-grad": log_num_zeros_in_grad}
@@ -322,6 +333,7 @@ RULES: tuple[Rule, ...] = (
     gradients_have_one_format,
     deepspeed_shards_bfloat16,
     deepspeed_has_its_flag,
+    export_needs_checkpoints,
     deepspeed_keeps_to_itself,
     hybrid_sharding_divides,
     recomputation_is_complete,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,28 @@ def initialise_parameters(model: nn.Module, arch: Architecture, groups: ProcessG
     """Write the initial weights of this rank, the same numbers for every layout; see `mpu.init`.
 
     Args:
-        model: a model or stage whose parameters, named logically, are materialised local tensors or DTensors; a DTensor
-            may be split further by FSDP along dimension 0, and then only the rows this rank owns are written.
+        model: see `fill_parameters`.
         arch: the architecture.
         groups: this process's groups.
         seed: of the run.
+    """
+    fill_parameters(
+        model,
+        groups,
+        lambda name, shape, index: draw(name, shape, index, distribution(name, shape, arch), seed=seed),
+    )
+
+
+def fill_parameters(
+    model: nn.Module, groups: ProcessGroups, part: Callable[[str, tuple[int, ...], tuple[slice, ...]], Tensor]
+) -> None:
+    """Write the parameters of this rank.
+
+    Args:
+        model: a model or stage whose parameters, named logically, are materialised local tensors or DTensors; a DTensor
+            may be split further by FSDP along dimension 0, and then only the rows this rank owns are written.
+        groups: this process's groups.
+        part: from logical name, logical shape and an index into it to what is there, in any floating-point dtype.
     """
     tp = groups.tp
     with torch.no_grad():
@@ -64,7 +82,7 @@ def initialise_parameters(model: nn.Module, arch: Architecture, groups: ProcessG
             if isinstance(parameter, DTensor):
                 index = _own_rows(parameter, index)
             if target.numel():
-                target.copy_(draw(name, shape, index, distribution(name, shape, arch), seed=seed))
+                target.copy_(part(name, shape, index))
 
 
 def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]:

@@ -16,6 +16,7 @@ from megatron.model.gpt import GPT, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.deferred import DeferredGradients
+from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.pipeline import Placement, StageLayout
 from megatron.mpu.schedule import splits_backward
 from megatron.ops import Ops
@@ -28,6 +29,7 @@ from megatron.training.loss_scale import LossScale
 from megatron.training.native import NativeEngine, NativeSettings, shard_data_parallel
 from megatron.training.optimizer import parameter_groups
 from megatron.training.pipeline import PipelineSettings
+from megatron.training.pretrained import load_pretrained, open_pretrained, pretrained_kind
 from megatron.training.setup import Session
 from megatron.training.tied import logical_parameters, tied_embedding
 
@@ -48,7 +50,7 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
         to_dtensors(model, groups.mesh)
         sharded = shard_data_parallel(model, model.layers.values(), groups, settings)
         model.to_empty(device=session.device)
-        initialise_parameters(model, arch, groups, config.training.seed)
+        _initial_weights(model, config, arch, groups)
         stages[number] = model
     half = HalfWeights(model, settings.dtype) if not sharded and settings.dtype != torch.float32 else None
     parameters = logical_parameters(stages, layout) if half is None else half.masters
@@ -71,7 +73,7 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
 def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) -> DeepSpeedEngine:
     layout, groups = stage_layout(config), session.groups
     model = _model(config, session, arch, session.device, layout, groups.pp.rank)
-    initialise_parameters(model, arch, groups, config.training.seed)
+    _initial_weights(model, config, arch, groups)
     parts: dict[str, Any] = {
         "token_loss": _token_loss(arch, session),
         "optimizer": _optimizer(config, session.ops, model.named_parameters()),
@@ -84,6 +86,17 @@ def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) ->
         return DeepSpeedPipelineEngine(model, tied=arch.tied_embeddings, **parts)
     mark_split_parameters(model, groups)
     return DeepSpeedEngine(model, mpu=ModelParallelUnit(groups), **parts)
+
+
+def _initial_weights(model: nn.Module, config: RunConfig, arch: Architecture, groups: ProcessGroups) -> None:
+    """Those that `--load` has in another format than this project's, or random ones."""
+    settings = config.checkpoint
+    kind = pretrained_kind(settings.load)
+    if settings.load is None or kind is None:
+        initialise_parameters(model, arch, groups, config.training.seed)
+        return
+    source = open_pretrained(settings.load, kind, settings.ckpt_step, finetune=settings.finetune)
+    load_pretrained(model, source, arch, groups)
 
 
 def _model(

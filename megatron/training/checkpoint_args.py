@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint import CheckpointError, read_record
+from megatron.training.pretrained import pretrained_kind, pretrained_settings
 
 
 def read_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -17,6 +18,8 @@ def read_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     root = settings["load"]
     if root is None:
         raise CheckpointError("--use-checkpoint-args needs --load: there is no checkpoint to take the settings from")
+    if kind := pretrained_kind(root):
+        return pretrained_settings(root, kind, settings["ckpt_step"])
     record = read_record(root, iteration=settings["ckpt_step"])
     if record is None:
         raise CheckpointError(f"--use-checkpoint-args: {root} holds no checkpoint")

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint import CheckpointError
+from megatron.checkpoint.formats import FORMATS
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.training.engine import Engine
 from megatron.training.lr import LrSchedule, SchedulePosition, load_schedule
+from megatron.training.pretrained import pretrained_kind
 from megatron.training.report import Printer
 from megatron.training.state import TrainState
 
@@ -33,6 +35,9 @@ def resume(
     """
     fresh = Resumed(TrainState(), schedule)
     if settings.load is None:
+        return fresh
+    if kind := pretrained_kind(settings.load):
+        log(f" took the weights of {settings.load} ({FORMATS[kind].title}); training begins at iteration 0")
         return fresh
     weights_only = settings.finetune or bool(settings.no_load_optim)
     loaded = engine.load(Path(settings.load), settings.ckpt_step, optimizer=not weights_only, log=log)

@@ -25,6 +25,7 @@ from megatron.training.engine import SaveTarget
 from megatron.training.loop import LoopSettings, Training
 from megatron.training.lr import LrSchedule, build_schedule
 from megatron.training.microbatches import BatchPlan, RampUp
+from megatron.training.pretrained import check_export, export
 from megatron.training.profiler import parse_steps, profile
 from megatron.training.report import dated
 from megatron.training.reporting import build_reporter
@@ -57,6 +58,8 @@ def run(config: RunConfig) -> None:
             say("training ...")
             leaving = training.train()
             say(dated("after training is done", datetime.now()))
+            if leaving is None:
+                _export(config, training, session)
         if leaving is None and training.settings.eval_iters:
             training.evaluate("validation", final=True)
             training.evaluate("test", final=True)
@@ -75,6 +78,8 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
     tokenizer, arch = build_vocabulary(config, say)
     if config.checkpoint.save is not None:
         checkpoint.check_writable(config.checkpoint.save)
+    if config.checkpoint.save_hf is not None:
+        check_export(config.checkpoint.save_hf)
     plan = batch_plan(config)
     say(plan.describe())
     if (layout := stage_layout(config)).ranks > 1:
@@ -193,6 +198,17 @@ def run_record(config: RunConfig, session: Session, arch: Architecture) -> dict[
             "python": platform.python_version(),
         },
     }
+
+
+def _export(config: RunConfig, training: Training, session: Session) -> None:
+    """Write the last checkpoint as a Hugging Face folder, if `--save-hf` asks for it."""
+    settings = config.checkpoint
+    if settings.save_hf is None or settings.save is None or session.groups.world.rank:
+        return
+    if training.saved_at is None:
+        raise checkpoint.CheckpointError(f"--save-hf {settings.save_hf}: the run has written no checkpoint")
+    dtype = getattr(torch, config.precision.params_dtype)
+    export(settings.save, training.saved_at, settings.save_hf, dtype, session.printers.rank0)
 
 
 def _all_reduce_max(value: int, device: torch.device) -> int:

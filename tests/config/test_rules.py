@@ -260,6 +260,9 @@ TABLE = [
         "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32: one of them",
     ),
     (R.deepspeed_shards_bfloat16, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: 1, 2 or 3"),
+    (R.export_needs_checkpoints, "--save-hf out", "", "--save-hf out: --save"),
+    (R.export_needs_checkpoints, "--save-hf out --save ckpt --deepspeed", "", "--save-hf out: without --deepspeed"),
+    (R.export_needs_checkpoints, "--save-hf out --save ckpt --skip-train", "", "--save-hf out: --skip-train"),
     (
         R.deepspeed_keeps_to_itself,
         "--deepspeed --no-save-optim --log-num-zeros-in-grad",

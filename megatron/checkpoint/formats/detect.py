@@ -13,7 +13,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ("universal", "a universal checkpoint of DeepSpeed", r"([^/]+/)?zero/(optimizer_state\.pt|[^/]+/fp32\.pt)"),
     ("deepspeed", "a checkpoint of DeepSpeed", r"([^/]+/)?[^/]*model_states\.pt"),
     ("megatron", "a checkpoint of Megatron", r"([^/]+/)?mp_rank_\d+(_\d+)*/(model_optim_rng|model_rng)\.pt"),
-    ("torch_dist", "a torch_dist checkpoint of Megatron-Core", r"([^/]+/)?(\.metadata|__\d+_\d+\.distcp)"),
+    ("torch_dist", "a torch_dist checkpoint of Megatron-Core", r"([^/]+/)?(metadata\.json|common\.pt)"),
     (
         "nxd",
         "a checkpoint of NeuronX Distributed",

@@ -21,7 +21,6 @@ from megatron.checkpoint.formats.lazy import LazyTensors, cast_view, dtype_of, j
 from megatron.checkpoint.formats.model import StoredModel, check, unpadded
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, new_folder
 from megatron.checkpoint.formats.safetensors_write import write_safetensors
-from megatron.checkpoint.formats.settings import differences
 from megatron.checkpoint.formats.torch_read import flatten, load_torch
 from megatron.checkpoint.manifest import TensorRecord
 from megatron.config.architecture import Architecture
@@ -184,11 +183,18 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
 def _config(model: StoredModel, arch: Architecture, dtype: str) -> dict[str, Any] | None:
     """The configuration to write; None if the carried one is right as it is."""
     carried = model.assets.config()
-    if carried is None or differences(arch, architecture_in(carried, model.assets.files[CONFIG])):
+    ours = hf_config(arch)
+    if carried is None or carried.get("model_type") != ours["model_type"]:
         special = {name: value for name, value in (carried or {}).items() if name.endswith("_token_id")}
-        return {**hf_config(arch), **special, "torch_dtype": dtype}
+        return {**ours, **special, "torch_dtype": dtype}
+    before = hf_config(architecture_in(carried, model.assets.files[CONFIG]))
+    changed = {name: value for name, value in ours.items() if before[name] != value}
     key = "dtype" if "dtype" in carried else "torch_dtype"
-    return None if carried.get(key) == dtype else {**carried, key: dtype}
+    if not changed and carried.get(key) == dtype:
+        return None
+    if changed.keys() & {"rope_theta", "rope_scaling"}:
+        carried.pop("rope_parameters", None)  # it says the same in the words of transformers 5
+    return {**carried, **changed, key: dtype}
 
 
 def _shards(tensors: LazyTensors, largest: int) -> list[list[str]]:

@@ -13,12 +13,12 @@ from megatron.config.parser import defaults
 from megatron.config.record import architecture_of, as_namespace, from_namespace
 
 _POSITIONS = {"learned": "learned_absolute", "rope": "rope", "alibi": "alibi", "none": "none"}
-_SAME_NAME = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "activation", "attention_dropout", "hidden_dropout"),
-    *("rotary_interleaved", "embedding_init_std"),
-)
 # Rows of the embedding follow from the layout; how a layer is computed and initialised is not what a model is.
 _NOT_COMPARED = frozenset({"padded_vocab_size", "softmax_in_fp32", "qk_layer_scaling", "embedding_init_std"})
+# What a run may choose although it begins with given weights.
+OF_THE_RUN = frozenset(
+    {"vocab_size", "attention_dropout", "hidden_dropout", "init_std", "init_method", "fp32_residual"}
+)
 
 
 def settings_of(arch: Architecture) -> dict[str, Any]:
@@ -69,12 +69,12 @@ def _whole_or_none(factor: float) -> int | None:
     return None if factor == 1.0 else int(factor)
 
 
-def differences(wanted: Architecture, found: Architecture) -> list[str]:
+def differences(wanted: Architecture, found: Architecture, *, ignored: frozenset[str] = frozenset()) -> list[str]:
     """In what two architectures compute different things, or have parameters of different shapes."""
     return [
         f"{field.name} is {getattr(wanted, field.name)}, not {getattr(found, field.name)}"
         for field in fields(Architecture)
-        if field.name not in _NOT_COMPARED and getattr(wanted, field.name) != getattr(found, field.name)
+        if field.name not in _NOT_COMPARED | ignored and getattr(wanted, field.name) != getattr(found, field.name)
     ]
 
 
@@ -97,7 +97,9 @@ def complete_record(
     }
     settings = defaults() | from_namespace(known) | settings_of(arch) | layout | dict(changes)
     complete, _ = derive(settings, frozenset())
-    return as_namespace(complete, {})
+    # Without a word about it the tokenizer would be the default one, which is as good as any other.
+    unknown = {} if settings["tokenizer_type"] else {"tokenizer_type": None}
+    return as_namespace(complete, {}) | unknown
 
 
 def architecture_from_record(record: Mapping[str, Any], vocab_size: int) -> Architecture:
