@@ -102,6 +102,14 @@ def _replicas(config: RunConfig, topology: Topology) -> int:
     return config.parallel.num_distributed_optimizer_instances
 
 
+def _attention(accelerator: Accelerator, kind: str) -> str:
+    """What `--attention-backend` means on this device: flash-attn where it has that, else the best it has."""
+    if kind in ("unfused", "local"):
+        return "reference"
+    known = [candidate.name for candidate in implementations(accelerator, "attention")]
+    return "flash_attn" if kind == "flash" and "flash_attn" in known else known[0]
+
+
 _COMPILED = ("rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "bias_gelu")
 """Operations of a layer that a compiler fuses best from their plain definitions (`--use-torch-compile`)."""
 
@@ -124,9 +132,9 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
         if not name:
             raise UnavailableOpError(f"--op {item}: must be operation=implementation, such as attention=reference")
         ask(op, name, f"--op {item}")
-    backends = {"flash": "flash_attn", "fused": "sdpa", "unfused": "reference", "local": "reference"}
-    if settings.attention_backend in backends:
-        ask("attention", backends[settings.attention_backend], f"--attention-backend {settings.attention_backend}")
+    kind = settings.attention_backend
+    if kind != "auto":
+        ask("attention", _attention(accelerator, kind), f"--attention-backend {kind}")
     if not settings.masked_softmax_fusion:
         ask("attention", "reference", "--no-masked-softmax-fusion")
     if not settings.bias_gelu_fusion:
