@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron.mpu.schedule import splits_backward
 from megatron.planner import activations
 from megatron.planner.case import Case
 from megatron.planner.parameters import Unit, units_of
-from megatron.planner.stages import held_at_once
+from megatron.planner.stages import Held, held_at_once
 
 PARTS = ("weights", "master weights", "optimizer", "gradients", "activations", "logits and loss", "working memory")
 _CHUNK_TP = 2**24
@@ -68,14 +69,19 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
     """Memory of the ranks at one place of the pipeline."""
     units = units_of(case, pipeline_rank)
     state = _deepspeed(case, units) if case.engine == "deepspeed" else _native(case, units)
-    held, in_flight = _held(case, pipeline_rank)
+    holding = held_at_once(case.schedule, case.stages, case.microbatches)[pipeline_rank]
+    held, reducing = (_bytes_held(case, pipeline_rank, sets) for sets in holding)
     stages = case.stages.stages_of(pipeline_rank)
     layers = max(case.stages.layers[stage] for stage in stages)
     has_loss = case.stages.last in stages
     logits = activations.logits_bytes(case) if has_loss else 0
-    layer = activations.recomputed_bytes(case, layers) + _backward_of_a_layer(case) + state.reduction
+    layer = activations.recomputed_bytes(case, layers) + _backward_of_a_layer(case)
+    if splits_backward(case.schedule):  # deferred gradients of a whole stage are computed at once
+        layer += case.itemsize * sum(unit.elements for unit in units) // case.stages.chunks
+    early = layer + (state.reduction if state.reduces_often else 0)
     moments = [
-        Moment("backward of a layer", state.running | {"activations": held, "working memory": layer}),
+        Moment("backward of a layer", state.running | {"activations": held, "working memory": early}),
+        Moment("last backward", state.running | {"activations": reducing, "working memory": layer + state.reduction}),
         Moment("end of backward", state.finishing),
         Moment("optimizer step", state.updating),
     ]
@@ -86,7 +92,7 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
         pipeline_rank=pipeline_rank,
         parameters=sum(unit.elements for unit in units),
         moments=tuple(moments),
-        in_flight=in_flight,
+        in_flight=(held - _batches(case)) / sum(stage_activations(case, stage) for stage in stages),
     )
 
 
@@ -104,6 +110,8 @@ class _State:
     updating: dict[str, int]
     reduction: int
     """Buffers of a gradient reduction beside the backward pass."""
+    reduces_often: bool = True
+    """After every micro-batch, not after the last one only."""
 
 
 def _native(case: Case, units: Sequence[Unit]) -> _State:
@@ -131,6 +139,7 @@ def _native(case: Case, units: Sequence[Unit]) -> _State:
         finishing=kept | {"weights": e * rest.elements, "gradients": of_layers + left, "working memory": end},
         updating=kept | {"gradients": 4 * share},
         reduction=buffers,
+        reduces_often=early,
     )
 
 
@@ -176,17 +185,16 @@ def _backward_of_a_layer(case: Case) -> int:
     return case.tokens * max(inner, outer) * case.itemsize
 
 
-def _held(case: Case, pipeline_rank: int) -> tuple[int, float]:
-    """Bytes of all activations that are held at once, and of how many micro-batches they are."""
+def _bytes_held(case: Case, pipeline_rank: int, sets: Sequence[Held]) -> int:
+    """Bytes of the activations in the largest of some sets of micro-batches, and of what was received or read."""
     stages = case.stages.stages_of(pipeline_rank)
     whole = {stage: stage_activations(case, stage) for stage in stages}
     later = {stage: case.stages.layers[stage] * activations.deferred_bytes(case) for stage in stages}
     if case.stages.last in later:
         later[case.stages.last] += activations.deferred_head_bytes(case)
-    sets = held_at_once(case.schedule, case.stages, case.microbatches)[pipeline_rank]
     held = max(sum(whole[at.stage] * at.running + later[at.stage] * at.deferred for at in found) for found in sets)
     received = 0 if case.pp == 1 else 2 * activations.hidden_bytes(case)
-    return held + received + _batches(case), held / max(1, sum(whole.values()))
+    return held + received + _batches(case)
 
 
 def _batches(case: Case) -> int:

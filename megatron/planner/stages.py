@@ -26,21 +26,41 @@ Held = tuple[AtOnce, ...]
 """What a rank holds at one time, by stage."""
 
 
+class Holding(NamedTuple):
+    """The largest sets of micro-batches that a rank holds, without those that are part of a larger one.
+
+    Attributes:
+        ever: at any time of a step.
+        reducing: while the last micro-batch gives a stage its gradients, which are then reduced.
+    """
+
+    ever: tuple[Held, ...]
+    reducing: tuple[Held, ...]
+
+
 @functools.cache
-def held_at_once(name: ScheduleName, layout: StageLayout, microbatches: int) -> tuple[tuple[Held, ...], ...]:
-    """The largest sets of micro-batches that each rank holds at once, without those that are part of a larger one."""
-    orders = order_tasks(name, layout, _enough(name, layout, microbatches))
-    return tuple(_largest(tasks, layout.stages_of(rank)) for rank, tasks in enumerate(orders))
+def held_at_once(name: ScheduleName, layout: StageLayout, microbatches: int) -> tuple[Holding, ...]:
+    """What each rank holds."""
+    count = _enough(name, layout, microbatches)
+    orders = order_tasks(name, layout, count)
+    return tuple(_holding(tasks, layout.stages_of(rank), count - 1) for rank, tasks in enumerate(orders))
 
 
-def _largest(tasks: Sequence[Task], stages: Sequence[int]) -> tuple[Held, ...]:
+def _holding(tasks: Sequence[Task], stages: Sequence[int], last: int) -> Holding:
     now = {stage: AtOnce(stage, 0, 0) for stage in stages}
-    seen: set[Held] = set()
+    ever: set[Held] = set()
+    reducing: set[Held] = set()
     for task in tasks:
+        if task.kind in ("B", "W") and task.microbatch == last:
+            reducing.add(tuple(now.values()))
         running, deferred = _CHANGES[task.kind]
         held = now[task.stage]
         now[task.stage] = AtOnce(task.stage, held.running + running, held.deferred + deferred)
-        seen.add(tuple(now.values()))
+        ever.add(tuple(now.values()))
+    return Holding(_largest(ever), _largest(reducing))
+
+
+def _largest(seen: set[Held]) -> tuple[Held, ...]:
     return tuple(found for found in seen if not any(other != found and _covers(other, found) for other in seen))
 
 

@@ -14,7 +14,7 @@ from megatron.training.setup import start
 from tests.planner.cases import batch, case, planned
 from tests.planner.measure import fake_world, mark, measured
 
-TOO_LITTLE, TOO_MUCH = 0.02, 0.10
+TOO_LITTLE, TOO_MUCH = 0.03, 0.10
 """Relative. What lives for a moment inside one layer is planned as a bound; small tensors are not planned at all."""
 
 
@@ -129,11 +129,12 @@ def test_held_at_once_is_what_the_schedule_holds(name, ranks, microbatches):
         for task in tasks:
             now += {"F": 1, "B": -1, "W": -1, "I": 0}[task.kind]
             most = max(most, now)
-        sets = held_at_once(name, layout, microbatches)[rank]
-        assert max(sum(at.running + at.deferred for at in found) for found in sets) == most
+        holding = held_at_once(name, layout, microbatches)[rank]
+        assert max(sum(at.running + at.deferred for at in found) for found in holding.ever) == most
+        assert all(sum(at.running + at.deferred for at in found) >= 1 for found in holding.reducing)
 
 
 def test_a_pipeline_holds_most_on_its_first_rank():
     plan = case({"num_layers": 8}, world=4, pp=4, global_batch=32, seq_length=2048)
     held = [rank_memory(plan, rank).in_flight for rank in range(4)]
-    assert held == [4, 3, 2, 1]
+    assert [round(count) for count in held] == [4, 3, 2, 1]
