@@ -12,13 +12,16 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from megatron.checkpoint.formats import FORMATS, ReadOptions, WriteOptions, convert, open_model
+from megatron.checkpoint.formats import FORMATS, ReadOptions, WriteOptions, convert, open_model, summary
+from megatron.checkpoint.formats.options import Style
 from megatron.training.failures import run_to_exit
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ORDERS = {"tiled": True, "adjacent": False}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,6 +46,17 @@ def parser() -> argparse.ArgumentParser:
     add("--no-optimizer", action="store_true", help="convert the weights alone")
     add("--average-replicas", action="store_true", help="average copies that should be equal and are not")
     add("--max-shard-size", type=float, default=5.0, help="largest file of a Hugging Face folder, in GB (10^9 bytes)")
+    group = result.add_argument_group("NeuronX Distributed")
+    add = group.add_argument
+    add("--kv-size-multiplier", type=int, help="copies of each key-value head (default: as few as will do)")
+    add("--attention", choices=get_args(Style), help="how query, key and value are stored (default: as its LLaMA does)")
+    add(
+        "--kv-order",
+        choices=_ORDERS,
+        default="tiled",
+        help="order of the copies to write: tiled (trn1), adjacent (trn2)",
+    )
+    add("--query-order", choices=_ORDERS, help="order of query heads in --load (default: that of its key-value heads)")
     return result
 
 
@@ -57,23 +71,22 @@ def main() -> None:
         average_replicas=args.average_replicas,
         optimizer=FORMATS[args.target].moments and not args.no_optimizer,
         tokenizer=args.tokenizer_model,
+        query_tiled=_ORDERS.get(args.query_order),
     )
     target = WriteOptions(
         tp=args.target_tensor_parallel_size,
         pp=args.target_pipeline_parallel_size,
         divisible_by=args.make_vocab_size_divisible_by,
         dialect=args.dialect,
-        dtype=_DTYPES[args.dtype] if args.dtype else None,
+        dtype=_DTYPES.get(args.dtype),
         max_shard_bytes=math.ceil(args.max_shard_size * 1e9),
+        kv_size_multiplier=args.kv_size_multiplier,
+        attention=args.attention,
+        kv_tiled=_ORDERS[args.kv_order],
     )
     model = open_model(args.load, args.source, source)
     convert(model, args.target, args.save, target)
-    size = model.weights.bytes + sum(tensors.bytes for tensors in model.moments.values())
-    seconds = time.monotonic() - started
-    print(
-        f"{args.save}: {model.arch.num_parameters():,} parameters, {size / 1e6:,.1f} MB in {seconds:.1f} s "
-        f"({size / 1e6 / seconds:,.0f} MB/s)"
-    )
+    print(summary(model, args.save, time.monotonic() - started))
 
 
 if __name__ == "__main__":

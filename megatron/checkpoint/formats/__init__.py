@@ -17,7 +17,7 @@ from megatron.checkpoint.formats.detect import describe, kind_of
 from megatron.checkpoint.formats.model import StoredModel
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions
 
-__all__ = ["FORMATS", "Format", "ReadOptions", "StoredModel", "WriteOptions", "convert", "open_model"]
+__all__ = ["FORMATS", "Format", "ReadOptions", "StoredModel", "WriteOptions", "convert", "open_model", "summary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,4 +84,13 @@ def convert(model: StoredModel, kind: str, folder: Path, options: WriteOptions) 
             f"--target-tensor-parallel-size {options.tp} --target-pipeline-parallel-size {options.pp}: a checkpoint in "
             f"the format {kind} is not split for a layout; leave them out"
         )
+    if model.moments and not chosen.moments:
+        options.log(f"WARNING: the format {kind} is written without the state of the optimizer")
     chosen.write(model, folder, options)
+
+
+def summary(model: StoredModel, folder: Path, seconds: float) -> str:
+    """What was converted, and how fast, in one line."""
+    size = (model.weights.bytes + sum(tensors.bytes for tensors in model.moments.values())) / 1e6
+    parameters = model.arch.num_parameters()
+    return f"{folder}: {parameters:,} parameters, {size:,.1f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s)"

@@ -229,7 +229,8 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
             f"--target-pipeline-parallel-size {options.pp}: DeepSpeed has stages in pipeline modules only; leave "
             f"--dialect {dialect} out"
         )
-    tag = f"global_step{model.iteration}"
+    of_ascend = dialect.startswith(("ascendspeed", "modellink"))
+    tag = "release" if of_ascend and not model.iteration else f"global_step{model.iteration}"
     with new_folder(folder) as temporary:
         (temporary / tag).mkdir()
         state = {**client_state(model, whole, options), **engine_state(model, options)}

@@ -10,7 +10,7 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointMismatch
 from megatron.checkpoint.formats.assets import Assets
-from megatron.checkpoint.formats.lazy import LazyTensors
+from megatron.checkpoint.formats.lazy import LazyTensors, rows_view
 from megatron.config.architecture import Architecture
 from megatron.model.gpt import GPT
 from megatron.mpu.groups import single_process
@@ -58,6 +58,14 @@ class StoredModel:
 def unpadded(arch: Architecture) -> Architecture:
     """The same model with one row of the embedding per token that exists."""
     return replace(arch, padded_vocab_size=arch.vocab_size)
+
+
+def with_vocabulary(model: StoredModel, vocab_size: int) -> StoredModel:
+    """The same model for more tokens: the new rows are zero."""
+    arch = replace(model.arch, vocab_size=vocab_size, padded_vocab_size=vocab_size)
+    rows = model.vocabulary_rows(vocab_size)
+    moments = {entry: rows_view(tensors, rows) for entry, tensors in model.moments.items()}
+    return replace(model, arch=arch, weights=rows_view(model.weights, rows), moments=moments)
 
 
 def parameter_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

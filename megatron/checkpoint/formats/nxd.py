@@ -37,14 +37,13 @@ from megatron.checkpoint.formats.model import VOCABULARY, StoredModel, check, pa
 from megatron.checkpoint.formats.nxd_attention import (
     KvLayout,
     Shared,
-    Style,
     found_attention,
     layout_for,
     plain,
     shared_attention,
     stacked,
 )
-from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, described_architecture, new_folder
+from megatron.checkpoint.formats.options import ReadOptions, Style, WriteOptions, described_architecture, new_folder
 from megatron.checkpoint.formats.parts import Split
 from megatron.checkpoint.formats.torch_read import Inert, flatten, load_torch
 from megatron.checkpoint.formats.torch_write import Slot, TorchFile
@@ -227,11 +226,17 @@ def _check_family(arch: Architecture) -> None:
 
 def _write_ranks(weights: LazyTensors, arch: Architecture, folder: Path, options: WriteOptions) -> None:
     check_heads(arch, options.tp)
-    style: Style = "grouped"
-    if arch.num_heads == arch.num_kv_heads and options.kv_size_multiplier is None:
-        style = "coalesced"
-    elif options.fuse_qkv:
-        style = "fused"
+    plain_heads = arch.num_heads == arch.num_kv_heads
+    style = options.attention or ("coalesced" if plain_heads else "grouped")
+    if style in ("coalesced", "separate") and arch.num_kv_heads % options.tp:
+        raise CheckpointError(
+            f"{arch.num_kv_heads} key-value heads cannot be cut over {options.tp} ranks; attention must be stored as "
+            "grouped or fused, which copies them"
+        )
+    if style == "coalesced" and not plain_heads:
+        raise CheckpointError(
+            "query, key and value have different sizes here, so they cannot be coalesced in one tensor"
+        )
     layout = layout_for(arch, options.tp, options.kv_size_multiplier, tiled=options.kv_tiled)
     rows = -(-arch.vocab_size // options.tp) * options.tp
     if rows != arch.vocab_size:

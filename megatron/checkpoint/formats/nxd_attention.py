@@ -19,18 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError, CorruptCheckpoint
+from megatron.checkpoint.formats.options import Style
 from megatron.checkpoint.formats.parts import Split, cut, joined
 from megatron.config.architecture import Architecture
-
-Style = Literal["grouped", "fused", "coalesced", "separate"]
-"""How query, key and value are stored: as weight_q, weight_k, weight_v; as weight_qkv; or, of models whose every query
-head has a key-value head of its own, as one tensor or as three that are simply cut."""
 
 _QKV = ("query", "key", "value")
 _GROUPED = {"query": "qkv_proj.weight_q", "key": "qkv_proj.weight_k", "value": "qkv_proj.weight_v"}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,9 @@ from megatron.checkpoint.formats.settings import architecture_from_record
 from megatron.config.architecture import Architecture
 from megatron.model.hf_config import architecture_from_hf_config
 
+Style = Literal["grouped", "fused", "coalesced", "separate"]
+"""How NxD stores query, key and value: as weight_q, weight_k, weight_v; as weight_qkv; or, of models whose every
+query head has a key-value head of its own, as one tensor or as three that are simply cut."""
 Log = Callable[[str], None]
 
 
@@ -29,6 +32,7 @@ class ReadOptions:
     Attributes:
         iteration: which of several in a folder; None: the latest.
         config: the model's Hugging Face configuration (`--hf-config`), where the checkpoint does not describe itself.
+        arch: the model itself, before anything else that describes it.
         vocab_size: tokens that exist (`--vocab-size`), where the checkpoint does not tell.
         average_replicas: take the mean of copies that should be equal and are not, instead of refusing them.
         optimizer: also read the optimizer's moments.
@@ -39,6 +43,7 @@ class ReadOptions:
 
     iteration: int | None = None
     config: Path | None = None
+    arch: Architecture | None = None
     vocab_size: int | None = None
     average_replicas: bool = False
     optimizer: bool = True
@@ -57,7 +62,8 @@ class WriteOptions:
         dtype: of the weights; None: as they are.
         dialect: names of the tensors, of the formats that have several; None: the usual ones.
         max_shard_bytes: largest file of a Hugging Face folder.
-        kv_size_multiplier, fuse_qkv, kv_tiled: see `nxd_attention`; only NxD has them.
+        kv_size_multiplier, attention, kv_tiled: see `nxd_attention`; only NxD has them. None: as few copies of
+            key-value heads as will do; as NxD's LLaMA has them.
         log: told what is worth knowing.
     """
 
@@ -68,7 +74,7 @@ class WriteOptions:
     dialect: str | None = None
     max_shard_bytes: int = 5 * 10**9
     kv_size_multiplier: int | None = None
-    fuse_qkv: bool = False
+    attention: Style | None = None
     kv_tiled: bool = True
     log: Log = print
 
@@ -92,6 +98,8 @@ def described_architecture(
     Raises:
         CheckpointError: nothing describes the model, or not the size of its vocabulary.
     """
+    if options.arch is not None:
+        return options.arch
     config = _config(options.config) if options.config is not None else assets.config()
     if config is not None:
         try:

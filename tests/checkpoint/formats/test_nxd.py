@@ -11,6 +11,7 @@ import torch
 from megatron.checkpoint import CheckpointError, CorruptCheckpoint
 from megatron.checkpoint.formats import ReadOptions, WriteOptions, convert, open_model
 from megatron.checkpoint.formats.nxd_attention import layout_for, share_kv, share_queries
+from megatron.checkpoint.formats.options import Style
 from tests.checkpoint.formats.samples import FAMILIES, assert_equal, random_model
 
 SIZES = {"llama": FAMILIES["llama"], "mistral": FAMILIES["mistral"], "mha": replace(FAMILIES["llama"], num_kv_heads=8)}
@@ -28,15 +29,26 @@ def _through(size: str, folder: Path, options: WriteOptions) -> None:
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (8, 1), (8, 3), (2, 4)])
 @pytest.mark.parametrize("size", ["llama", "mistral"])
 def test_every_layout(size: str, tp: int, pp: int, tiled: bool, fuse: bool, tmp_path: Path) -> None:
-    _through(size, tmp_path, WriteOptions(tp=tp, pp=pp, fuse_qkv=fuse, kv_tiled=tiled, log=lambda _: None))
+    _through(
+        size,
+        tmp_path,
+        WriteOptions(tp=tp, pp=pp, attention="fused" if fuse else None, kv_tiled=tiled, log=lambda _: None),
+    )
 
 
-@pytest.mark.parametrize("options", [WriteOptions(tp=2), WriteOptions(tp=2, kv_size_multiplier=1, fuse_qkv=True)])
-def test_as_many_key_value_heads_as_queries(options: WriteOptions, tmp_path: Path) -> None:
-    _through("mha", tmp_path, replace(options, log=lambda _: None))
-    names = torch.load(next((tmp_path / "out" / "model").iterdir())).keys()
-    expected = "qkv_proj.weight" if options.kv_size_multiplier is None else "qkv_proj.weight_qkv"
-    assert f"model.layers.0.self_attn.{expected}" in names
+@pytest.mark.parametrize(
+    ("attention", "name"),
+    [
+        (None, "qkv_proj.weight"),
+        ("coalesced", "qkv_proj.weight"),
+        ("separate", "k_proj.weight"),
+        ("grouped", "qkv_proj.weight_k"),
+        ("fused", "qkv_proj.weight_qkv"),
+    ],
+)
+def test_as_many_key_value_heads_as_queries(attention: Style | None, name: str, tmp_path: Path) -> None:
+    _through("mha", tmp_path, WriteOptions(tp=2, attention=attention, log=lambda _: None))
+    assert f"model.layers.0.self_attn.{name}" in torch.load(next((tmp_path / "out" / "model").iterdir()))
 
 
 def test_full_state(tmp_path: Path) -> None:
@@ -128,6 +140,8 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     [
         ("bloom", WriteOptions(), "do not compute this model .family bloom"),
         ("llama", WriteOptions(tp=8, kv_size_multiplier=3), r"4 key-value heads times 3 .--kv-size-multiplier"),
+        ("llama", WriteOptions(tp=8, attention="separate"), "grouped or fused"),
+        ("llama", WriteOptions(attention="coalesced"), "different sizes"),
         ("llama", WriteOptions(pp=5), "4 layers are too few for 5 stages"),
         ("llama", WriteOptions(tp=16), "8 query heads cannot be divided over 16 ranks"),
     ],
