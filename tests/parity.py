@@ -8,6 +8,7 @@ Runs go through the command line's own path (`parse`, `run`); numbers come from 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -157,9 +158,22 @@ def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout
     return Curve(tuple(r["lm_loss"] for r in records), tuple(r["grad_norm"] for r in records))
 
 
-def one_process(model: tuple[str, ...], steps: int = STEPS) -> Curve:
+@functools.cache
+def one_process(model: tuple[str, ...] = MODEL, steps: int = STEPS) -> Curve:
     """Train a model in one process: what every layout is compared with."""
     return curve(Layout("1 process", 1, model=model), steps=steps)
+
+
+def layout_of(name: str) -> Layout:
+    """The layout of that name."""
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
+def agrees(layout: Layout, engine: str, steps: int) -> bool:
+    """Whether losses and gradient norms are those of one process; `engine` is of `ENGINES`, or "" for the default."""
+    found, expected = curve(layout, ENGINES.get(engine, ()), steps), one_process(layout.model, steps)
+    worst = max(difference(found.losses, expected.losses), difference(found.norms, expected.norms))
+    return worst <= FLOAT32_TOLERANCE
 
 
 def difference(found: Sequence[float], expected: Sequence[float]) -> float:
