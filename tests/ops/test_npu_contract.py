@@ -1,14 +1,17 @@
-"""Our calls of torch_npu against the real package: its own schemas and its own shape inference, on meta tensors.
+"""Our calls of torch_npu against the real package, which needs no chip to check schemas and to infer shapes.
 
 Opt-in, as it needs the wheel: TORCH_NPU_WHEEL=torch_npu-2.13.0-....whl python -m pytest tests/ops/test_npu_contract.py
-The package itself cannot be imported without Huawei's toolkit; what is read of it are its schema strings and the file
-that infers shapes. The committed snapshot of the schemas is compared with it, too.
+Every kernel runs on meta tensors through the package's schema strings and shape inference alone. A model runs forward
+and backward on fake `npu` tensors through the whole package, over empty libraries in place of Huawei's toolkit.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import types
 import zipfile
@@ -19,7 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import npu_wheel
 from tests.sim import snapshot
+from tests.sim.build import ROOT
 from tests.support import run_ranks
 
 WHEEL = os.environ.get("TORCH_NPU_WHEEL", "")
@@ -105,3 +110,67 @@ def test_the_real_package_checks_names_but_not_shapes():
 @needs_wheel
 def test_the_committed_snapshot_is_that_of_the_wheel():
     assert snapshot.npu(Path(WHEEL)) == snapshot.read("npu")
+
+
+_MODEL = """
+import json, warnings
+from collections import Counter
+from dataclasses import replace
+
+warnings.simplefilter("ignore")
+import torch, torch_npu
+import torch_npu.op_plugin.meta._meta_registrations as inference
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron import accelerators
+from megatron.model.gpt import GPT, ModelInputs
+from megatron.mpu.groups import single_process
+from megatron.ops import build_table
+from tests.model.helpers import FAMILIES
+
+inference._npu_fusion_attention_warning_printed = True  # it would ask the chip for its name
+
+class Audit(TorchDispatchMode):
+    calls = Counter()
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[str(operator)] += 1
+        return operator(*args, **(kwargs or {}))
+
+device = torch.device("npu:0")
+accelerator = accelerators.select("npu")
+ops, _ = build_table(accelerator, {})
+sizes = {"hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn_hidden_size": 11008}
+arch = replace(FAMILIES["llama"], **sizes)
+with FakeTensorMode(allow_non_fake_inputs=True):
+    model = GPT(arch, ops=ops, groups=single_process(), device=device, dtype=torch.bfloat16).train()
+    tokens = torch.zeros(2, 2048, dtype=torch.int64, device=device)
+    optimizer = ops.adamw([{"params": list(model.parameters())}], lr=1e-3)
+    with Audit() as audit:
+        losses = ops.cross_entropy(model(tokens, ModelInputs()), tokens.t().contiguous())
+        losses.mean().backward()
+    optimizer.step()
+    gradients = all(p.grad.shape == p.shape and p.grad.device == device for p in model.parameters())
+calls = {name.split(".")[1]: n for name, n in audit.calls.items() if name.startswith("npu.")}
+print(json.dumps({"losses": list(losses.shape), "gradients": gradients, "calls": calls}))
+"""
+
+
+@needs_wheel
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="empty libraries are built with gcc, which was not found")
+def test_a_llama_runs_forward_and_backward_through_the_real_package(tmp_path):
+    from tests.sim.test_llama import FUSED
+
+    variables = npu_wheel.install(Path(WHEEL), tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", _MODEL],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"losses": [2048, 2], "gradients": True, "calls": FUSED["npu"]}
