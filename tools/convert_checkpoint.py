@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=_DTYPES, help="of the weights (default: as they are)")
     add("--hf-config", type=Path, help="config.json of the model, if --load does not describe it")
     add("--vocab-size", type=int, help="tokens without padding, if --load does not say")
+    add("--checkpoint-version", type=float, help="of Megatron's format, if --load is wrong about it")
     add("--tokenizer-model", type=Path, help="tokenizer file or folder to carry along instead of the one in --load")
     add("--no-optimizer", action="store_true", help="convert the weights alone")
     add("--average-replicas", action="store_true", help="average copies that should be equal and are not")
@@ -68,6 +69,7 @@ def main() -> None:
         iteration=args.ckpt_step,
         config=args.hf_config,
         vocab_size=args.vocab_size,
+        version=args.checkpoint_version,
         average_replicas=args.average_replicas,
         optimizer=FORMATS[args.target].moments and not args.no_optimizer,
         tokenizer=args.tokenizer_model,

@@ -42,11 +42,6 @@ _DTYPES = {
 }
 
 
-def is_huggingface(folder: Path) -> bool:
-    """Whether a folder holds a model of Hugging Face."""
-    return (folder / CONFIG).is_file() and _weight_file(folder) is not None
-
-
 def read(folder: Path, options: ReadOptions) -> StoredModel:
     """Open a folder.
 

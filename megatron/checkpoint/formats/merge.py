@@ -33,7 +33,8 @@ def logical_weights(
         arch: of the model.
         options: see `average_replicas`.
         where: the checkpoint, for messages.
-        version: of Megatron's format; below 2 queries, keys and values are laid out differently.
+        version: of Megatron's format, unless `options` says it; below 2 queries, keys and values are laid out
+            differently.
 
     Raises:
         CheckpointMismatch: the names are of no dialect, or do not fit the architecture.
@@ -44,7 +45,8 @@ def logical_weights(
             raise CorruptCheckpoint(f"{where}: tensor-parallel ranks 0 and {rank} differ in {', '.join(odd[:_SHOWN])}")
     names = {name for name in ranks[0].records if not _DERIVED.fullmatch(name)}
     dialect, table = _dialect_of(names, arch, where)
-    table = [_older(piece, arch, version) for piece in table]
+    known = version if options.version is None else options.version
+    table = [_older(piece, arch, known) for piece in table]
     whole = _joined_view(ranks, table, dialect, average=options.average_replicas)
     rows = {piece.full_name(dialect): arch.vocab_size for piece in table if piece.has_vocabulary_rows}
     return split_view(rows_view(whole, rows), [piece.entry(dialect) for piece in table])
@@ -59,7 +61,8 @@ def _dialect_of(names: Collection[str], arch: Architecture, where: Path) -> tupl
         except CheckpointError:
             continue
         expected = {piece.full_name(dialect) for piece in table}
-        missing, unknown = sorted(expected - set(names)), sorted(set(names) - expected)
+        copies = {dialect.ends["head"].format("weight")} if arch.tied_embeddings else set()
+        missing, unknown = sorted(expected - set(names)), sorted(set(names) - expected - copies)
         if not missing and not unknown:
             return dialect, table
         if best is None or len(missing) + len(unknown) < best[0]:

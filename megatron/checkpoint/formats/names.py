@@ -1,8 +1,10 @@
 """What Megatron and the programs made of it call their tensors, and how those are made of logical ones.
 
-Queries, keys and values are one tensor, stored per key-value group [q ... q, k, v] (version 3.0 of the format), so that
-any number of ranks that divides the groups gets whole groups by cutting it in equal parts. Gate and up-projection are
-one tensor in most dialects, of which each rank has [gate; up].
+Queries, keys and values are one tensor, stored per key-value group [q ... q, k, v] (version 2.0 of the format and on),
+so that any number of ranks that divides the groups gets whole groups by cutting it in equal parts. In version 0 a rank
+has all its queries, then all its keys, then all its values; so has Megatron-DeepSpeed since December 2024, whose files
+say 3.0. In version 1.0 the three alternate row by row. Gate and up-projection are one tensor in most dialects, of
+which each rank has [gate; up].
 Legend: h=hidden, n=query heads, g=kv heads, d=head dim, f=ffn.
 """
 

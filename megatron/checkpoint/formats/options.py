@@ -34,6 +34,7 @@ class ReadOptions:
         config: the model's Hugging Face configuration (`--hf-config`), where the checkpoint does not describe itself.
         arch: the model itself, before anything else that describes it.
         vocab_size: tokens that exist (`--vocab-size`), where the checkpoint does not tell.
+        version: of Megatron's format (`--checkpoint-version`), where the checkpoint is wrong about it, see `names`.
         average_replicas: take the mean of copies that should be equal and are not, instead of refusing them.
         optimizer: also read the optimizer's moments.
         tokenizer: file or folder to carry along instead of what is beside the checkpoint.
@@ -45,6 +46,7 @@ class ReadOptions:
     config: Path | None = None
     arch: Architecture | None = None
     vocab_size: int | None = None
+    version: float | None = None
     average_replicas: bool = False
     optimizer: bool = True
     tokenizer: Path | None = None
@@ -78,6 +80,16 @@ class WriteOptions:
     kv_tiled: bool = True
     log: Log = print
 
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--target-tensor-parallel-size", self.tp),
+            ("--target-pipeline-parallel-size", self.pp),
+            ("--make-vocab-size-divisible-by", self.divisible_by),
+            ("--kv-size-multiplier", 1 if self.kv_size_multiplier is None else self.kv_size_multiplier),
+        ):
+            if value < 1:
+                raise CheckpointError(f"{flag} {value}: must be at least 1")
+
     def padded(self, vocab_size: int) -> int:
         """Rows of the embedding."""
         multiple = self.divisible_by * self.tp
@@ -90,9 +102,10 @@ def described_architecture(
     """The architecture of a checkpoint that may describe itself, or not.
 
     Args:
-        options: `config` and `vocab_size` come before everything else.
+        options: what it says comes before everything else.
         assets: a carried config.json comes next.
-        record: Megatron's arguments in the checkpoint; empty if there are none.
+        record: Megatron's arguments in the checkpoint; empty if there are none. The size of the vocabulary in them
+            comes before that in the configuration: tokens may have been added.
         where: the checkpoint, for messages.
 
     Raises:
@@ -101,9 +114,10 @@ def described_architecture(
     if options.arch is not None:
         return options.arch
     config = _config(options.config) if options.config is not None else assets.config()
+    size = options.vocab_size or record.get("original_vocab_size")
     if config is not None:
         try:
-            arch = architecture_from_hf_config({**config, **_vocabulary(options)})
+            arch = architecture_from_hf_config({**config, "vocab_size": size or config["vocab_size"]})
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{options.config or assets.files[CONFIG]} does not fit: {error!r}") from error
         return arch
@@ -112,17 +126,12 @@ def described_architecture(
             f"{where} does not say what model it holds (layers, heads, ...): give --hf-config, the config.json of the "
             "model or the folder it is in"
         )
-    size = options.vocab_size or record.get("original_vocab_size")
     if size is None:
         raise CheckpointError(
             f"{where} does not say how many tokens its vocabulary has without padding (padded: "
             f"{record.get('padded_vocab_size')}): give --vocab-size, or --hf-config"
         )
     return architecture_from_record(record, int(size))
-
-
-def _vocabulary(options: ReadOptions) -> dict[str, int]:
-    return {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
 
 
 def _config(path: Path) -> dict[str, Any]:

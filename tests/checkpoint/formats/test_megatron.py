@@ -104,6 +104,19 @@ def test_first_versions_of_the_format(version: float, tmp_path: Path) -> None:
     assert_equal(open_model(tmp_path / "new", None, READ), model)
 
 
+def test_the_layout_of_megatron_deepspeed_since_2024(tmp_path: Path) -> None:
+    """Thirds, as in version 0, in a file that says 3.0."""
+    model = random_model(FAMILIES["gpt2"])
+    convert(model, "megatron", tmp_path / "out", WriteOptions(dialect="core"))
+    path = tmp_path / "out" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    for name, tensor in state["model"].items():
+        if "linear_qkv" in name:
+            state["model"][name] = tensor.unflatten(0, (8, 3, 4)).transpose(0, 1).flatten(0, 2).clone()
+    torch.save(state, path)
+    assert_equal(open_model(tmp_path / "out", None, ReadOptions(version=0)), model)
+
+
 def test_interleaved_stages(tmp_path: Path) -> None:
     """Two stages of two chunks each: the first stage has layers 0 and 2, the second 1 and 3."""
     model = random_model(FAMILIES["llama"])
@@ -207,6 +220,20 @@ def test_refusals(options: WriteOptions, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         convert(random_model(FAMILIES["llama"]), "megatron", tmp_path / "out", options)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("flags", [{"tp": 0}, {"pp": -1}, {"divisible_by": 0}, {"kv_size_multiplier": 0}])
+def test_numbers_that_make_no_sense(flags: dict[str, int]) -> None:
+    with pytest.raises(CheckpointError, match="must be at least 1"):
+        WriteOptions(**flags)
+
+
+def test_tied_embeddings_of_megatron_core(tmp_path: Path) -> None:
+    """Its last stage has a copy of the embedding as its output layer."""
+    model = random_model(FAMILIES["gpt2"])
+    convert(model, "megatron", tmp_path / "out", WriteOptions(tp=2, pp=2, divisible_by=8, dialect="core"))
+    assert "output_layer.weight" in _file(tmp_path / "out" / "release", "mp_rank_01_001")["model"]
+    assert_equal(open_model(tmp_path / "out", None, READ), model)
 
 
 def test_a_dialect_without_a_place_for_a_tensor(tmp_path: Path) -> None:
