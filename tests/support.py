@@ -42,6 +42,7 @@ def _worker(
     answer: multiprocessing.connection.Connection,
 ) -> None:
     faulthandler.enable()
+    os.environ.pop("DS_ACCELERATOR", None)  # a test before this one may have chosen another device
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
