@@ -23,8 +23,8 @@ from tests.support import run_ranks
 
 SHORT = 4
 HALF_TOLERANCE = 2e-3
-"""Relative. Float32 sums of gradients differ in their order, since stages keep their weights under FSDP2 and one process
-keeps them under `HalfWeights`; a last bit there rounds a 16-bit weight the other way now and then (8 bits: 4e-3)."""
+"""Relative. Float32 sums of gradients differ in their order, since stages keep their weights under FSDP2 and one
+process keeps them under `HalfWeights`; a last bit there now and then rounds a 16-bit weight the other way (8 bits)."""
 SCHEDULE, SIZE = "--pipeline-schedule", "--pipeline-model-parallel-size"
 VIRTUAL = ("--num-virtual-stages-per-pipeline-rank", "2")
 
