@@ -57,6 +57,27 @@ def test_weights_go_through_a_run_unchanged(family: str, flags: str, ranks: int,
         assert torch.equal(found.weights.read(name), model.weights.read(name)), name
 
 
+def _losses(flags: str) -> list[str]:
+    """What a run in one process prints as its losses, digit by digit."""
+    command = [sys.executable, "pretrain_gpt.py", *flags.split(), "--log-interval", "1"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return re.findall(r"lm loss: (\S+)", printed)
+
+
+@pytest.mark.slow
+def test_training_continues_from_a_checkpoint_that_went_through_another_format(tmp_path: Path) -> None:
+    """Weights, moments, schedule and position go over DeepSpeed's universal form; the losses go on as they were."""
+    tokens = "--mock-data --tokenizer-type NullTokenizer --vocab-size 82 --seq-length 16 --num-workers 0"
+    sizes = "--preset llama-tiny --micro-batch-size 1 --global-batch-size 4 --train-iters 4 --eval-iters 0 --lr 1e-3"
+    run_flags = f"{tokens} {sizes}"
+    whole = _losses(f"{run_flags} --save {tmp_path / 'run'} --save-interval 2")
+    half = open_model(tmp_path / "run", "native", ReadOptions(iteration=2))
+    convert(half, "universal", tmp_path / "universal", WriteOptions())
+    convert(open_model(tmp_path / "universal", None, ReadOptions()), "native", tmp_path / "back", WriteOptions())
+    assert _losses(f"{run_flags} --load {tmp_path / 'back'}") == whole[2:]
+    assert len(whole) == 4
+
+
 @pytest.mark.slow
 def test_deepspeed_begins_with_the_weights(tmp_path: Path) -> None:
     """The first loss is that of the native engine."""
