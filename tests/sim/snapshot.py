@@ -28,6 +28,7 @@ NPU_OPERATORS = (
 HPU_OPERATORS = (
     *("sdpa_fwd", "sdpa_bwd", "sdpa_recomp_fwd", "sdpa_recomp_bwd", "rms_norm", "rms_norm_backward"),
     *("rotary_pos_embedding", "rotary_pos_embedding_backward", "optimizer_adamw", "fused_clip_norm"),
+    *("cast_to_fp8_v2", "fp8_gemm_v2"),
 )
 
 

@@ -194,3 +194,38 @@ def fused_clip_norm(grad: list[Tensor], max_norm: Tensor, norm_type: float) -> T
         g.mul_(factor.to(g.dtype))
     place.fill_(total)
     return total.reshape(1).to(place.dtype)
+
+
+def cast_to_fp8_v2(
+    input: Tensor,
+    scale: Tensor | None = None,
+    stochastic_rounding: bool = False,
+    is_amax: bool = False,
+    dtype: torch.dtype = torch.float8_e5m2,
+    scale_shape: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The scaled numbers in 8 bits, too large ones as the largest, and the largest absolute value if asked for."""
+    largest = {torch.float8_e5m2: 57344.0, torch.float8_e4m3fn: 240.0}[dtype]
+    scaled = input.float() * (1.0 if scale is None else scale.float())
+    amax = input.abs().amax().float() if is_amax else torch.zeros(())
+    return scaled.clamp(-largest, largest).to(dtype), amax
+
+
+def fp8_gemm_v2(
+    a: Tensor,
+    turn_a: bool,
+    b: Tensor,
+    turn_b: bool,
+    d: Tensor | None,
+    out_dtype: torch.dtype,
+    a_scale_inv: Tensor | None = None,
+    b_scale_inv: Tensor | None = None,
+    bias: Tensor | None = None,
+    accumulate: bool = False,
+    b_scale_shape: list[int] | None = None,
+) -> Tensor:
+    """The product of 8-bit matrices, rescaled, in float32 inside."""
+    product = (a.float().mT if turn_a else a.float()) @ (b.float().mT if turn_b else b.float())
+    for factor in (a_scale_inv, b_scale_inv):
+        product = product if factor is None else product * factor
+    return (product if bias is None else product + bias.float()).to(out_dtype)

@@ -1,0 +1,1 @@
+"""SIMULATION of habana_frameworks.torch.hpex.experimental."""
