@@ -12,7 +12,8 @@ import torch
 
 from megatron import checkpoint
 from megatron.checkpoint import CheckpointError
-from megatron.config.architecture import Architecture, RopeScaling
+from megatron.checkpoint.formats.native import architecture_of
+from megatron.config.architecture import Architecture
 from megatron.config.record import from_namespace
 from megatron.config.tokenizer import TokenizerConfig
 from megatron.model.gpt import GPT
@@ -65,12 +66,6 @@ def restore(
     into = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     checkpoint.load(root, into=into, iteration=iteration, sections={"model"}, vocab_size=arch.vocab_size, log=log)
     return Restored(model=model, arch=arch, tokenizer=build_tokenizer(settings), iteration=record.iteration)
-
-
-def architecture_of(saved: Mapping[str, Any]) -> Architecture:
-    """The architecture that `dataclasses.asdict` turned into JSON."""
-    scaling = saved["rope_scaling"]
-    return Architecture(**{**saved, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
 def tokenizer_of(settings: Mapping[str, Any]) -> TokenizerSettings:
