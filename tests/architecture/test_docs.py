@@ -17,7 +17,11 @@ from tests.architecture.commands import Command, commands
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-COMMANDS = [(page.relative_to(ROOT), command) for page in PAGES for command in commands(page.read_text())]
+COMMANDS = [
+    pytest.param(page.relative_to(ROOT), command, marks=[] if page.name == "README.md" else [pytest.mark.slow])
+    for page in PAGES
+    for command in commands(page.read_text())
+]
 
 
 def _run(words, variables=()):

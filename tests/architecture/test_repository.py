@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def _files() -> list[str]:
     return sorted(name for name in set(listed) if (ROOT / name).is_file())
 
 
+@functools.cache
 def _sources(prefix: str = "") -> list[Source]:
     names = [name for name in _files() if name.startswith(prefix) and name.endswith(".py")]
     return [Source(name, (ROOT / name).read_text(encoding="utf-8")) for name in names]

@@ -80,6 +80,7 @@ def test_saving_goes_on_after_damage(root: Path) -> None:
     assert_holds(root, {5.0})
 
 
+@pytest.mark.slow
 def test_damage_is_found_by_all_ranks_together(tmp_path: Path) -> None:
     write_known(str(tmp_path / "whole"), Layout())
     flip_bit(tmp_path / "whole" / "iter_0000007" / "__0_0.distcp")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron.checkpoint import latest, list_checkpoints, load, save
 from tests.checkpoint.helpers import assert_holds, silent, small_state
 from tests.support import run_ranks
@@ -132,5 +134,6 @@ def _random_moments(folder: str, seed: int, kills: int) -> None:
         assert after.iteration >= before.iteration
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     run_ranks(1, _random_moments, str(tmp_path), 1, 12, init=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megatron.checkpoint.manifest import read_manifest
 from tests.checkpoint.helpers import SHAPES, WORDS, Layout, read_and_write_again, write_known
 from tests.support import run_ranks
@@ -18,6 +20,7 @@ CHAIN = (
 )
 
 
+@pytest.mark.slow
 def test_every_layout_reads_every_other_bit_for_bit(tmp_path: Path) -> None:
     write_known(str(tmp_path / "0"), Layout())
     for step, layout in enumerate(CHAIN):

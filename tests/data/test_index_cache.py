@@ -44,6 +44,7 @@ def build_once(folder: str) -> tuple[int, list[str], int]:
     return len(built), lines, int(load_array(paths["one"]).sum())
 
 
+@pytest.mark.slow
 def test_one_of_many_builds_and_the_others_wait(tmp_path):
     results = run_ranks(4, build_once, str(tmp_path / "cache"))
     assert sum(built for built, _, _ in results) == 1
@@ -102,6 +103,7 @@ def test_a_builder_without_heartbeat_is_replaced_after_a_while(tmp_path, builder
     assert time.monotonic() - began >= waiting.stale_after
 
 
+@pytest.mark.slow
 def test_a_living_builder_is_not_waited_for_without_end(tmp_path, builder_in):
     impatient = Waiting(poll=0.02, heartbeat=2, stale_after=30, give_up_after=0.3)
     with pytest.raises(DataError, match=rf"process {builder_in.pid} on .* remove .*\.lock"):

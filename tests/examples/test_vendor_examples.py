@@ -58,6 +58,7 @@ def test_gaudi_script_trains_on_a_cpu_when_told_to(tmp_path):
     assert compare(*curves, threshold=_ROUNDING).passed
 
 
+@pytest.mark.slow
 def test_refusal_of_the_trainer_is_what_the_user_sees():
     done = _run("hpu/run_llama.sh", "--dry-run", HL_USE_TRANSFORMER_ENGINE="1")
     assert (done.returncode, done.stdout) == (2, "")

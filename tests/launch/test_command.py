@@ -72,6 +72,7 @@ def test_every_launcher_has_a_builder():
     assert tuple(BUILDERS) == ("torchrun", "deepspeed", "srun", "mpirun")
 
 
+@pytest.mark.slow
 def test_torchrun_passes_on_flags_that_abbreviate_its_own(tmp_path):
     script = tmp_path / "show.py"
     script.write_text("import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])")

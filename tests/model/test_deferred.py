@@ -75,6 +75,7 @@ def _all_families() -> None:
                 _agree(family, plan, groups, sequence_parallel)
 
 
+@pytest.mark.slow
 def test_tensor_and_sequence_parallel() -> None:
     run_ranks(TP, _all_families)
 

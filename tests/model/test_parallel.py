@@ -114,6 +114,7 @@ def _fully_sharded(families: list[str], recompute: RecomputePlan) -> list[Result
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recompute",
     [RecomputePlan(), RecomputePlan(granularity="selective"), RecomputePlan(granularity="full", num_layers=2)],
@@ -153,6 +154,7 @@ def test_weights_of_a_model_sharded_on_the_meta_device_are_the_same() -> None:
         assert torch.equal(torch.from_numpy(weights[name]), parameter), name
 
 
+@pytest.mark.slow
 def test_parameters_that_do_not_divide_are_refused() -> None:
     message = r"--tensor-model-parallel-size is 4, but the model has 2 kv heads \(--num-key-value-heads\)"
     run_ranks(WORLD, _refused, message)

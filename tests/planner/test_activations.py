@@ -27,7 +27,7 @@ def _kept(plan) -> int:
     """Bytes that forward pass and loss leave behind."""
     ops, _ = build_table(load("cpu"), {"attention": _OPERATIONS[plan.kernels.attention]})
     with fake_world(plan.topology.world_size):
-        groups = build_groups(plan.topology, "cpu")
+        groups = build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies)
         model = GPT(
             plan.arch,
             ops=ops,
@@ -82,9 +82,11 @@ CASES = {
     "relu": {"arch": {"activation": "relu"}},
     "geglu": {"arch": {"activation": "geglu"}},
     "multi-head": {"arch": {"num_kv_heads": 8}},
+    "copies of kv heads": {"arch": {"num_kv_heads": 2}, "world": 4, "tp": 4},
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_list_is_what_is_kept(name):
     plan = case(**CASES[name])

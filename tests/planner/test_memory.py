@@ -51,6 +51,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_peak_of_a_step(name, capfd):
     world, flags = STEPS[name]
@@ -75,6 +76,7 @@ PIPELINES = {
 """Ranks and the one that is measured: of each world always the same one, for torch remembers meshes by their shape."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_peak_of_a_step_of_a_pipeline(name, capfd):
     ranks, rank, flags = PIPELINES[name]

@@ -23,6 +23,7 @@ def found():
     return search(_request("--preset llama2-70b --bf16 --global-batch-size 256", 32), GAUDI2)
 
 
+@pytest.mark.slow
 def test_layouts_fit_and_the_quickest_comes_first(found):
     assert len(found) > 20
     assert all(one.needed <= GAUDI2.usable for one in found)
@@ -75,6 +76,7 @@ def test_nearest_to_a_layout_that_does_not_fit():
     assert all(one.needed <= H100.usable for one in offers)
 
 
+@pytest.mark.slow
 def test_sometimes_nothing_fits():
     request = _request("--preset llama3.1-405b --bf16", 8)
     assert search(request, H100) == []

@@ -89,6 +89,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return corpus, folder / "tokenizer"
 
 
+@pytest.mark.slow
 def test_same_bytes_for_any_number_of_workers_and_documents_decode_back(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -201,6 +202,7 @@ def test_inputs_that_cannot_be_used(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_flags_that_cannot_be_obeyed(tmp_path: Path) -> None:
     given = ("--input", jsonl(tmp_path / "i.jsonl", ["1"]), "--output-prefix", tmp_path / "o")
     assert "--keep-newlines and --lang go with --split-sentences" in fail(*given, *NULL, "--keep-newlines")
@@ -248,6 +250,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("how", ["worker killed", "interrupted", "terminated"])
 def test_an_unfinished_run_ends_soon_and_leaves_nothing(trained: tuple[Path, Path], tmp_path: Path, how: str) -> None:
@@ -269,6 +272,7 @@ def test_an_unfinished_run_ends_soon_and_leaves_nothing(trained: tuple[Path, Pat
     assert not any(_alive(pid) for pid in workers)
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(trained: tuple[Path, Path], tmp_path: Path) -> None:
     process = _start(tmp_path, trained)
     workers = _workers(process.pid)
@@ -294,6 +298,7 @@ def test_the_tool_starts_without_heavy_packages(tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_and_ctrl_c_ends_the_run(trained: tuple[Path, Path], tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(TOOL), "--input", *[str(trained[0])] * 40, "--output-prefix", str(tmp_path / "o")),

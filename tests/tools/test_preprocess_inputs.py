@@ -65,6 +65,7 @@ def test_csv_and_json_arrays(tmp_path: Path) -> None:
     assert f"{tmp_path / 'row.json'}:2: missing key: no 'text'" in fail("--input", tmp_path / "row.json", *prefix)
 
 
+@pytest.mark.slow
 def test_a_large_json_array_is_read_in_pieces(tmp_path: Path) -> None:
     texts = [str(number % 1000) for number in range(150_000)]
     (tmp_path / "i.json").write_text(json.dumps([{"text": text} for text in texts]))
@@ -89,6 +90,7 @@ def test_parquet_arrow_and_saved_datasets(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_folders_of_hugging_face_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the optional datasets is not installed")
     data = datasets.Dataset.from_dict({"text": ["3", "1 2", "4 5 6"]}).select([1, 0, 2])
@@ -114,6 +116,7 @@ def test_folders_and_urls(tmp_path: Path) -> None:
     assert "Protocol not known" in fail("--input", "nosuch://a/b", *NULL, "--output-prefix", tmp_path / "o")
 
 
+@pytest.mark.slow
 def test_sentences(trained: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("sentencex", reason="the optional sentencex is not installed")
     source = jsonl(tmp_path / "i.jsonl", ["Hello Mr. Smith. How are you?\n\nFine.", "One."])
@@ -174,6 +177,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_files(
     assert "Processed" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_says_so(trained: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ("--input", *[trained[0]] * 3, "--tokenizer-type", "HFTokenizer", "--tokenizer-model", trained[1])
     own = ("--tokenizer-engine", "own", "--resume-interval", 0, "--log-interval", 1)
@@ -210,6 +214,7 @@ def _unfinished(tmp_path: Path, source: Path) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_other_settings_or_inputs_is_not_continued(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "i.jsonl", ["1 2 3"] * 100_000)
     _unfinished(tmp_path, source)

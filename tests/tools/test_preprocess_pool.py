@@ -42,6 +42,7 @@ def echo() -> Callable[[bytes], bytes]:
     return bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_results_keep_the_order_of_the_jobs(workers: int) -> None:
     assert list(ordered_map(slow_square, range(25), workers=workers)) == [job * job for job in range(25)]

@@ -125,6 +125,7 @@ def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     assert "Traceback" not in outputs[0]
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_others_and_says_why(tmp_path: Path) -> None:
     codes, outputs = run(_fails, 2, tmp_path)
     assert codes == [1, 1]

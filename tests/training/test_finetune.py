@@ -67,6 +67,7 @@ def test_examples_share_samples(data: dict[str, str], tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -81,12 +82,14 @@ def test_what_cannot_be_obeyed_is_refused(flags: tuple[str, ...], message: str) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_packing_of_pretraining_data_is_refused() -> None:
     done = _python("pretrain_gpt.py", *MODEL, "--mock-data", "--neat-pack")
     assert done.returncode != 0
     assert "--neat-pack and --variable-seq-lengths go with --is-instruction-dataset" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_fill_in_the_middle_needs_its_tokens(data: dict[str, str]) -> None:
     corpus = f"{data['packed']}_packed_input_ids_document"
     done = _python("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", "--fim-prefix-token", "1 2")

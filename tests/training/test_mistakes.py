@@ -65,6 +65,7 @@ def test_missing_data_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_truncated_bin(tmp_path: Path) -> None:
     prefix = _corpus(tmp_path, 99)
     binary = Path(f"{prefix}.bin")
@@ -73,6 +74,7 @@ def test_truncated_bin(tmp_path: Path) -> None:
     _assert_refused(found, ["corpus.bin", "2030", "2040"])
 
 
+@pytest.mark.slow
 def test_wrong_magic(tmp_path: Path) -> None:
     prefix = _corpus(tmp_path, 99)
     index = Path(f"{prefix}.idx")
@@ -80,6 +82,7 @@ def test_wrong_magic(tmp_path: Path) -> None:
     _assert_refused(_run("--data-path", str(prefix), "--tokenizer-type", "NullTokenizer"), ["corpus.idx"])
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:
     prefix = _corpus(tmp_path, 300)
     found = _run("--data-path", str(prefix), "--tokenizer-type", "NullTokenizer", "--split", "1,0,0")
@@ -90,11 +93,13 @@ def test_unknown_flag() -> None:
     _assert_refused(_run("--mock-data", "--micro-batchsize", "2"), ["--micro-batchsize", "--micro-batch-size"])
 
 
+@pytest.mark.slow
 def test_heads_and_world_size_that_do_not_fit() -> None:
     found = _run("--mock-data", "--tensor-model-parallel-size", "3", env={"WORLD_SIZE": "4"})
     _assert_refused(found, ["--tensor-model-parallel-size", "3", "8", "4"])
 
 
+@pytest.mark.slow
 def test_save_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     found = _run("--mock-data", "--save", str(tmp_path / "file" / "runs"), "--save-interval", "5")

@@ -94,6 +94,7 @@ def _one(model: tuple[str, ...]) -> Layout:
     return Layout("1 process", 1, model=model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [DEEP, TIED], ids=["untied", "tied"])
 def test_a_checkpoint_moves_between_pipelines_bit_for_bit(model: tuple[str, ...], tmp_path: Path) -> None:
     """PP2 (vee) -> PP1 -> PP2 (loop): weights and optimizer state stay the same tensors."""

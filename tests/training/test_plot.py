@@ -102,6 +102,7 @@ def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         plot_loss(a_run(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
 
 
+@pytest.mark.slow
 def test_tool(tmp_path: Path) -> None:
     a_run(tmp_path / "metrics.jsonl")
     tool = [sys.executable, str(ROOT / "tools" / "plot_loss.py")]

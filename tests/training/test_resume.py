@@ -33,6 +33,7 @@ def test_same_layout_repeats_the_last_bit_with_dropout(tmp_path: Path) -> None:
     _interrupted(LAYOUT["DP2"], flags, LAYOUT["DP2"], flags, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_layout_continues(tmp_path: Path) -> None:
     _interrupted(LAYOUT["TP2 SP"], (), LAYOUT["DP2"], ("--zero-stage", "1"), tmp_path)
 

@@ -58,6 +58,7 @@ def test_a_run_writes_what_it_was_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "curves" / "profile" / "rank0.trace.json").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_whole_validation_set_once_with_its_last_batch_filled_up(tmp_path: Path) -> None:
     flags = (
         "--eval-iters",
@@ -99,6 +100,7 @@ def test_batch_size_ramps_up(tmp_path: Path) -> None:
     assert records[-1]["consumed_samples"] == sum(sizes)
 
 
+@pytest.mark.slow
 def test_float16_skips_the_steps_that_overflow(tmp_path: Path) -> None:
     steps = _of(_train(tmp_path, "--fp16", "--initial-loss-scale", str(2.0**40), "--hysteresis", "1"), "train")
     assert steps[0]["skipped_iterations"] == 1
@@ -106,6 +108,7 @@ def test_float16_skips_the_steps_that_overflow(tmp_path: Path) -> None:
     assert steps[0]["lm_loss"] > 0
 
 
+@pytest.mark.slow
 def test_iterations_can_be_skipped_and_training_left_out(tmp_path: Path) -> None:
     steps = _of(_train(tmp_path / "a", "--iterations-to-skip", "2", "3"), "train")
     assert [record["iteration"] for record in steps] == [1, 4, 5, 6]
@@ -113,6 +116,7 @@ def test_iterations_can_be_skipped_and_training_left_out(tmp_path: Path) -> None
     assert [record["kind"] for record in records] == ["start", "evaluation", "evaluation"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_ends_the_run(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
 
@@ -166,6 +170,7 @@ def test_deepspeed_offloads_the_optimizer_to_the_host(flags: tuple[str, ...], tm
         assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_its_settings_and_its_weights(tmp_path: Path) -> None:
     saved = str(tmp_path / "saved")
     first = _of(_train(tmp_path / "a", "--save", saved, "--save-interval", "3"), "train")
