@@ -28,6 +28,7 @@ _WITHOUT_EFFECT = {
     "--keep-sequential-samples": "documents always keep their order",
     "--make-vocab-size-divisible-by": "the embedding is padded when training",
     "--pad-vocab-size-to": "the embedding is padded when training",
+    "--datasets": "AscendSpeed never reads it",
     "--streaming": "the input is always read as a stream",
     "--seq-length": "documents are never cut here; the sequence length is chosen when training",
     "--trust-remote-code": "code from a tokenizer's folder is never run",
@@ -40,12 +41,19 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     data = parser.add_argument_group("input")
-    data.add_argument(
+    source = data.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--input",
-        required=True,
         nargs="+",
+        default=[],
         help="files, folders, quoted patterns or URLs of jsonl, json, txt, csv, tsv, parquet or arrow, plain or .gz, "
         ".zst, .bz2, .xz; folders that Hugging Face's datasets saved; names of datasets on its hub",
+    )
+    source.add_argument(
+        "--hf-datasets-params",
+        metavar="FILE",
+        help='JSON object with the arguments of Hugging Face\'s datasets.load_dataset, such as {"path": "json", '
+        '"data_files": "a.jsonl", "split": "train", "streaming": true}',
     )
     data.add_argument("--json-keys", nargs="+", default=["text"], help="fields of a record, a dataset each")
     data.add_argument("--handler-name", default="GeneralPretrainHandler", help=f"one of {', '.join(HANDLER_NAMES)}")
@@ -88,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     legacy = parser.add_argument_group("for old scripts", "; ".join(f"{k}: {v}" for k, v in _WITHOUT_EFFECT.items()))
     for flag in ("--partitions", "--seq-length", "--make-vocab-size-divisible-by", "--pad-vocab-size-to"):
         legacy.add_argument(flag, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    legacy.add_argument("--datasets", nargs="+", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     legacy.add_argument(
         "--keep-sequential-samples",
         "--trust-remote-code",
@@ -115,6 +124,7 @@ def read_settings(argv: Sequence[str]) -> PreprocessSettings:
     )
     return PreprocessSettings(
         inputs=tuple(args.input),
+        hf_datasets_params=args.hf_datasets_params,
         output_prefix=args.output_prefix,
         plan=EncodePlan(
             tokenizer=tokenizer_settings(args),

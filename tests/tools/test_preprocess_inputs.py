@@ -102,6 +102,24 @@ def test_folders_of_hugging_face_datasets(tmp_path: Path) -> None:
     assert _documents(tmp_path / "parts" / "train", folder=tmp_path) == DOCUMENTS
 
 
+@pytest.mark.slow
+def test_a_dataset_described_by_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the optional datasets is not installed")
+    source = jsonl(tmp_path / "i.jsonl", TEXTS)
+    params = tmp_path / "params.json"
+    asked = {"path": "json", "data_files": str(source), "cache_dir": str(tmp_path / "cache")}
+    given = ("--hf-datasets-params", params, *NULL, "--output-prefix", tmp_path / "o")
+    params.write_text(json.dumps(asked))
+    assert 'holds the splits train: name one, with "split": "train" in it' in fail(*given)
+    for streaming in (False, True):
+        params.write_text(json.dumps({**asked, "split": "train", "streaming": streaming}))
+        succeed(*given)
+        assert read(tmp_path / "o_text_document") == DOCUMENTS
+    params.write_text("[]")
+    assert "must be a JSON object" in fail(*given)
+    assert "not allowed with argument" in fail(*given, "--input", source)
+
+
 def test_folders_and_urls(tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     jsonl(tmp_path / "in" / "b.jsonl", ["3"])

@@ -54,10 +54,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Input:
-    """One file, folder of a saved Hugging Face dataset, or name of a dataset on the Hugging Face hub."""
+    """One file, or one Hugging Face dataset: saved in a folder, on the hub, or described by a JSON file."""
 
     name: str
-    form: Literal["text", "table", "saved", "hub"]
+    form: Literal["text", "table", "saved", "hub", "described"]
     size: int
 
     @property

@@ -33,6 +33,7 @@ class PreprocessSettings:
 
     Attributes:
         inputs: files, folders, glob patterns, URLs, names of datasets on the Hugging Face hub.
+        hf_datasets_params: instead of inputs, a JSON file with the arguments of `datasets.load_dataset`.
         output_prefix: `{output_prefix}_{name}.bin` and `.idx` are written.
         plan: how a record becomes tokens.
         engine: what turns text into ids.
@@ -43,9 +44,10 @@ class PreprocessSettings:
         resume_interval: seconds between two states from which a killed run goes on.
     """
 
-    inputs: tuple[str, ...]
     output_prefix: str
     plan: EncodePlan
+    inputs: tuple[str, ...] = ()
+    hf_datasets_params: str | None = None
     engine: AskedEngine = "auto"
     workers: int = 1
     text_unit: Literal["line", "file"] = "line"
@@ -125,7 +127,8 @@ def preprocess(settings: PreprocessSettings, *, log: TextIO) -> Summary:
         TokenizerError: the tokenizer cannot be built.
         WorkerError: a worker process failed.
     """
-    files = find_inputs(settings.inputs)
+    described = settings.hf_datasets_params
+    files = [Input(described, "described", 0)] if described else find_inputs(settings.inputs)
     handler = settings.plan.handler
     if (handler.keys != ("text",) or handler.name != "GeneralPretrainHandler") and any(
         file.is_lines_of_text for file in files

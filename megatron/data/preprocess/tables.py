@@ -55,7 +55,7 @@ def read_rows(name: str, form: str, start: int, chunk_bytes: int) -> Iterator[tu
 
 
 def _rows(name: str, form: str, start: int) -> Rows:
-    if form in ("saved", "hub"):
+    if form in ("saved", "hub", "described"):
         return _dataset(name, form, start)
     kind = streams.plain_name(name)
     if kind.endswith((".csv", ".tsv")):
@@ -161,17 +161,40 @@ def _values(text: io.TextIOWrapper, name: str) -> Iterator[Any]:
 
 
 def _dataset(name: str, form: str, start: int) -> Rows:
-    datasets = streams.optional("datasets", "datasets", f"reading {name}")
-    try:
-        data = datasets.load_from_disk(name) if form == "saved" else datasets.load_dataset(name, split="train")
-    except Exception as error:  # The library raises what its many parts raise.
-        raise DataError(f"--input {name} cannot be read as a Hugging Face dataset: {error}") from error
-    if isinstance(data, dict):
-        raise DataError(
-            f"--input {name} holds the splits {', '.join(data)}: name one, as in {Path(name) / next(iter(data))}"
-        )
+    data = _load_dataset(name, form)
+    if not hasattr(data, "__len__"):  # a stream, asked for with "streaming": true
+        yield from ((row, 0) for row in data.skip(start))
+        return
     total = sum(file.stat().st_size for file in Path(name).rglob("*.arrow")) if form == "saved" else 0
     for first in range(start, len(data), _ROWS):
         columns = data[first : first + _ROWS]
         for place, values in enumerate(zip(*columns.values(), strict=True)):
             yield dict(zip(columns, values, strict=True)), total * (first + place + 1) // len(data)
+
+
+def _load_dataset(name: str, form: str) -> Any:
+    """One split of a Hugging Face dataset: saved in a folder, on the hub, or described by a JSON file."""
+    datasets = streams.optional("datasets", "datasets", f"reading {name}")
+    described = _described(name) if form == "described" else {"path": name, "split": "train"}
+    try:
+        data = datasets.load_from_disk(name) if form == "saved" else datasets.load_dataset(**described)
+    except Exception as error:  # The library raises what its many parts raise.
+        raise DataError(f"{name} cannot be read as a Hugging Face dataset: {error}") from error
+    if isinstance(data, dict):
+        first = next(iter(data))
+        how = f'with "split": "{first}" in it' if form == "described" else f"as in {Path(name) / first}"
+        raise DataError(f"{name} holds the splits {', '.join(data)}: name one, {how}")
+    return data
+
+
+def _described(name: str) -> dict[str, Any]:
+    try:
+        described = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--hf-datasets-params {name} is no readable JSON file: {error}") from error
+    if not isinstance(described, dict) or "path" not in described:
+        raise DataError(
+            f"--hf-datasets-params {name} must be a JSON object with the arguments of datasets.load_dataset, "
+            'at least "path"'
+        )
+    return described
