@@ -27,7 +27,7 @@ def optimizer_tensors(
         ValueError: a parameter of the optimizer has no name, or a state that is not a tensor.
     """
     names = {parameter: name for name, parameter in named_parameters}
-    _make_state(optimizer)
+    make_state(optimizer)
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -44,8 +44,11 @@ def optimizer_tensors(
     return tensors
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer make the state of its first step, and set that back to the moment before it."""
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make the state of its first step, and set that back to the moment before it.
+
+    Tensors and numbers become zero. Meanwhile there are gradients of the parameters that have no state yet.
+    """
     fresh = [
         parameter
         for group in optimizer.param_groups
@@ -69,6 +72,9 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
     for parameter in fresh:
-        for value in optimizer.state[parameter].values():
+        state = optimizer.state[parameter]
+        for entry, value in state.items():
             if isinstance(value, Tensor):
                 value.zero_()
+            elif isinstance(value, int | float):
+                state[entry] = type(value)(0)

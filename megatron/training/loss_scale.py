@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,6 +41,16 @@ class LossScale:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return asdict(self)
+
+    def resumed(self, saved: Mapping[str, Any]) -> LossScale:
+        """This scale at the point that a saved one had reached; as it is where either of them never changes.
+
+        Args:
+            saved: what `state` gave, of a run whose rule may have been another one.
+        """
+        if not (self.window and saved["window"]):
+            return self
+        return replace(self, **{name: saved[name] for name in ("value", "clean_steps", "overflows_left")})
 
     @staticmethod
     def static(value: float) -> LossScale:
