@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.accelerators.cpu import accelerator as host
 from megatron.config.parser import all_options, groups
 from megatron.planner import report
 from megatron.planner.machines import MACHINES, Machine, machine
@@ -82,7 +82,7 @@ def main(argv: Sequence[str], say: Callable[[str], None] = print) -> int:
     if own.json:
         say(json.dumps(document, indent=1))
     else:
-        megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        megabytes = host().memory_stats().max_allocated / 1e6
         say(f"\nplanned in {time.monotonic() - started:.1f} s with {megabytes:.0f} MB")
     return result
 
