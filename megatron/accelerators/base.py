@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
+
+FLOAT8: Mapping[torch.dtype, float] = MappingProxyType({torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0})
+"""The formats of arXiv:2209.05433 and the largest number of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,10 @@ class Capabilities:
     """The backend of torch.compile that makes code for the device; None where nothing can be compiled."""
     pinned_memory: bool = False
     """Copies from page-locked host memory are faster and can overlap with computation."""
+    float8: Mapping[torch.dtype, float] = field(default_factory=dict)
+    """Formats of 8 bits that linear layers can compute with (`--fp8-format`), each with its largest number."""
+    vendor_profiler: Callable[[], Callable[[], str]] | None = None
+    """Starts the vendor's own profiler; what it returns stops it and says where the trace is. None: there is none."""
     step_boundary_per_micro_step: bool = False
     """Lazy runtimes gather operations into a graph: it must be cut once per micro-step."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats, usable_cores
+from megatron.accelerators.base import FLOAT8, Accelerator, Capabilities, EnvVar, MemoryStats, usable_cores
 
 _STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
@@ -36,9 +36,9 @@ class Cpu:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Every dtype works (float16 slowly); gloo's work shares the cores with the computation."""
+        """Every dtype works (float16 and 8 bits slowly); gloo's work shares the cores with the computation."""
         dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-        return Capabilities(dtypes=dtypes, async_collectives=False)
+        return Capabilities(dtypes=dtypes, float8=FLOAT8, async_collectives=False)
 
     def unavailable_reason(self) -> str:
         """A CPU is always there."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats
+from megatron.accelerators.base import FLOAT8, Accelerator, Capabilities, EnvVar, MemoryStats
 
 _AMPERE = 8  # first major compute capability with bfloat16 and TF32 tensor cores
+_ADA = (8, 9)  # first compute capability with 8-bit tensor cores
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ class Cuda:
 
     @property
     def capabilities(self) -> Capabilities:
-        """bfloat16 needs compute capability 8.0 or later."""
+        """bfloat16 needs compute capability 8.0 or later, 8-bit floats 8.9; without a GPU, those of the newest."""
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else _ADA
         dtypes = {torch.float64, torch.float32, torch.float16}
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= _AMPERE:
+        if capability[0] >= _AMPERE:
             dtypes.add(torch.bfloat16)
-        return Capabilities(pinned_memory=True, dtypes=frozenset(dtypes))
+        float8 = FLOAT8 if capability >= _ADA else {}
+        return Capabilities(pinned_memory=True, dtypes=frozenset(dtypes), float8=float8)
 
     def unavailable_reason(self) -> str:
         """Why torch sees no GPU; empty when it sees one."""

@@ -10,16 +10,26 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats
+from megatron.accelerators.base import (
+    FLOAT8,
+    Accelerator,
+    Capabilities,
+    EnvVar,
+    MemoryStats,
+    UnavailableDeviceError,
+)
 from megatron.accelerators.vendor import NO_AUTOLOAD, check_local_rank, import_problem
 
 _PACKAGE = "habana_frameworks.torch"
 _LAZY = "PT_HPU_LAZY_MODE"
+PROFILE, PROFILE_ALL = "HABANA_PROFILE", "profile_api_with_nics"
+"""The variable that makes the card's software ready for its profiler."""
 
 # Dense bfloat16 FLOP/s: R. Kaplan, "Intel Gaudi 3 AI accelerator", Hot Chips 2024.
 PEAK_BFLOAT16 = {"GAUDI3": 1835e12, "GAUDI2": 432e12, "GAUDI": 60e12}
@@ -56,6 +66,8 @@ class Hpu:
         """No float64 matrix products; lazy mode wants its graph cut after every micro-step, and no torch.compile."""
         return Capabilities(
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+            float8=card_float8("" if import_problem(_PACKAGE) else str(_hpu().get_device_name())),
+            vendor_profiler=start_synapse_profiler,
             step_boundary_per_micro_step=is_lazy(),
             compile_backend=None if is_lazy() else "hpu_backend",
         )
@@ -150,6 +162,40 @@ def card_peak_flops(card_name: str, dtype: torch.dtype) -> float | None:
         return None
     name = card_name.upper().replace(" ", "")
     return next((peak for card, peak in PEAK_BFLOAT16.items() if name.startswith(card)), None)
+
+
+def card_float8(card_name: str) -> Mapping[torch.dtype, float]:
+    """The 8-bit formats of a card by its name; E4M3 of Gaudi 2 has the exponents of IEEE 754 and ends at 240."""
+    name = card_name.upper().replace(" ", "")
+    if name.startswith("GAUDI3"):
+        return FLOAT8
+    return {**FLOAT8, torch.float8_e4m3fn: 240.0} if name.startswith("GAUDI2") else {}
+
+
+def start_synapse_profiler() -> Callable[[], str]:
+    """Start Synapse's profiler; what it returns stops it, after the card has done its work.
+
+    Raises:
+        UnavailableDeviceError: the software was not told at its start that it will be profiled, or lacks the profiler.
+    """
+    if not os.environ.get(PROFILE):
+        raise UnavailableDeviceError(
+            f"--profile hltv: the card's software must be told at its start; export {PROFILE}={PROFILE_ALL}"
+        )
+    try:
+        tools = importlib.import_module("topologies.tools")
+    except ImportError as error:
+        raise UnavailableDeviceError(f"--profile hltv: topologies.tools, a part of Gaudi's software: {error}") from None
+    profiler, everything = tools.SynapseProfilerApi(), tools.TraceType.TraceAll
+    profiler.profiler_start(everything, 0)
+
+    def stop() -> str:
+        _hpu().synchronize()
+        profiler.profiler_stop(everything, 0)
+        profiler.profiler_get_trace_json(everything, 0)
+        return "a file of Synapse's profiler in the working directory"
+
+    return stop
 
 
 def _hpu() -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.ops.registry import (
     OPERATIONS,
+    ClipFunction,
     Implementation,
     Ops,
     UnavailableOpError,
@@ -15,6 +16,7 @@ from megatron.ops.registry import (
 
 __all__ = [
     "OPERATIONS",
+    "ClipFunction",
     "Implementation",
     "Ops",
     "UnavailableOpError",

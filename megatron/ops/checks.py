@@ -6,11 +6,16 @@ every implementation runs behind these. They look at shapes and types only, neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from megatron.ops.float8 import Formats
+
+_EIGHT_BIT_STEP = 16
+"""Matrix units take 8-bit numbers in blocks of 16."""
 
 
 def _require(truth: bool, message: str) -> None:
@@ -167,3 +172,36 @@ def adamw(
     _require(weight_decay >= 0.0, f"weight_decay must be at least 0, not {weight_decay}")
     for beta in betas:
         _probability("beta", beta)
+
+
+def make_linear(in_features: int, out_features: int, formats: Formats) -> None:
+    """Features are multiples of 16."""
+    for what, count in (("input", in_features), ("output", out_features)):
+        _require(
+            count > 0 and count % _EIGHT_BIT_STEP == 0,
+            f"--fp8-format: a linear layer has {count} {what} features per tensor-parallel rank; 8-bit products take "
+            f"multiples of {_EIGHT_BIT_STEP}",
+        )
+
+
+def linear_arguments(x: Tensor, weight: Tensor, in_features: int, out_features: int) -> None:
+    """X [..., i] and weight [o, i] floating and of one dtype."""
+    _floating(x=x, weight=weight)
+    _require(x.dtype == weight.dtype, f"x and weight must have one dtype, not {x.dtype} and {weight.dtype}")
+    fits = x.shape[-1] == in_features and weight.shape == (out_features, in_features)
+    shapes = f"{_shape(x)}, {_shape(weight)}"
+    _require(fits, f"x must be [..., {in_features}], weight [{out_features}, {in_features}], not {shapes}")
+
+
+def clip_grad_norm(
+    gradients: Mapping[int, Sequence[Tensor]],
+    device: torch.device,
+    *,
+    limit: float,
+    scale: float = 1.0,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Numbers of ranks at least 1, limit at least 0, scale above 0."""
+    _require(all(copies >= 1 for copies in gradients), f"gradients are held by {list(gradients)} ranks: at least 1")
+    _require(limit >= 0.0, f"limit must be at least 0, not {limit}")
+    _require(scale > 0.0, f"scale must be above 0, not {scale}")

@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import portable, reference
+from megatron.ops import float8, portable, reference, scaled_mm
 from megatron.ops.registry import Implementation, implements
 
 _LARGEST_FLASH_HEAD = 256
 _HOPPER = 9  # major compute capability
+_EIGHT_BIT = (8, 9)  # compute capability of Ada
 _CHUNK_LOGITS = 2**26
 """A quarter GiB of float32 logits at a time: large enough to fill the GPU, small beside the logits themselves."""
 
+_HALF_SUMS = {torch.float32: 2e-2, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Products are accumulated with about 14 bits on Hopper (DeepSeek-V3, arXiv:2412.19437, 3.3.2), then rounded."""
 _HALF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -220,6 +223,18 @@ def torch_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(labels.shape)
 
 
+def _eight_bit_unavailable() -> str:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= _EIGHT_BIT:
+        return ""
+    return "GPUs compute with 8-bit numbers from compute capability 8.9 on"
+
+
+@implements(reference.make_linear, name="scaled_mm", tolerance=_HALF_SUMS, why_unavailable=_eight_bit_unavailable)
+def make_linear(in_features: int, out_features: int, formats: float8.Formats) -> float8.Product:
+    """The products of cuBLASLt, through torch; see `scaled_mm`."""
+    return scaled_mm.make(in_features, out_features, formats)
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.sdpa_attention,
     flash_attention,
@@ -238,5 +253,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.bias_gelu,
     cross_entropy,
     torch_cross_entropy,
+    make_linear,
+    portable.clip_grad_norm,
     portable.adamw,
 )

@@ -8,7 +8,7 @@ host without a word: nothing listed here uses one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops import portable, reference
+from megatron.ops import hpu_linear, portable, reference
 from megatron.ops.compiled_adamw import Batch, CompiledAdamW
+from megatron.ops.float8 import Formats, Product
 from megatron.ops.registry import ADAMW_TOLERANCE, TOLERANCE, Implementation, implements
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,6 +29,8 @@ _CARD_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({dtype: TOLERANC
 _SDPA_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {dtype: portable.ATTENTION_TOLERANCE[dtype] for dtype in _FLOATS}
 )
+_ENGINE_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(dict.fromkeys(_FLOATS, 6e-2))
+"""In backward the engine has inputs and weights with 3 bits of precision (E5M2) instead of 4."""
 _FAST_SDPA_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.bfloat16: 5e-2, torch.float16: 2e-2})
 """The fast softmax approximates the exponential function and works in 16 bits only."""
 
@@ -211,6 +214,38 @@ def adamw(
     return GaudiAdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
+@implements(reference.clip_grad_norm, name="fused", why_unavailable=_unavailable)
+def clip_grad_norm(
+    gradients: Mapping[int, Sequence[Tensor]],
+    device: torch.device,
+    *,
+    limit: float,
+    scale: float = 1.0,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Gaudi's fused norm and clipping, which sees the gradients of one rank: for a rank that has all of them."""
+    parts = [part for group in gradients.values() for part in group if part.numel()]
+    alike = len({part.dtype for part in parts}) == 1
+    if sum_over_ranks is not None or scale != 1.0 or limit == 0.0 or set(gradients) != {1} or not alike:
+        return portable.clip_grad_norm.function(  # type: ignore[no-any-return]
+            gradients, device, limit=limit, scale=scale, sum_over_ranks=sum_over_ranks
+        )
+    place = parts[0].new_zeros(1)  # the kernel returns the norm in the last of its tensors
+    norm: Tensor = torch.ops.hpu.fused_clip_norm([*parts, place], parts[0].new_full((1,), limit), 2.0)
+    return norm.float().reshape(())
+
+
+@implements(
+    reference.make_linear,
+    name="transformer_engine",
+    tolerance=_ENGINE_TOLERANCE,
+    why_unavailable=hpu_linear.unavailable,
+)
+def make_linear(in_features: int, out_features: int, formats: Formats) -> Product:
+    """See `hpu_linear`."""
+    return hpu_linear.make(in_features, out_features, formats)
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _fused_sdpa("fused_sdpa", fast=False, recompute=False),
     _fused_sdpa("fused_sdpa_recompute", fast=False, recompute=True),
@@ -226,5 +261,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.geglu,
     portable.bias_gelu,
     cross_entropy,
+    make_linear,
+    clip_grad_norm,
+    portable.clip_grad_norm,
     adamw,
 )

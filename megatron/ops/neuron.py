@@ -49,6 +49,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.geglu,
     portable.bias_gelu,
     cross_entropy,
+    portable.clip_grad_norm,
     adamw,
     portable.adamw,
 )

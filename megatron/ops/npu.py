@@ -213,5 +213,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.geglu,
     portable.bias_gelu,
     cross_entropy,
+    portable.clip_grad_norm,
     portable.adamw,
 )

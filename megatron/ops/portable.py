@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -298,3 +298,30 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Torch's AdamW with one kernel for the whole update."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+@implements(reference.clip_grad_norm, name="foreach")
+def clip_grad_norm(
+    gradients: Mapping[int, Sequence[Tensor]],
+    device: torch.device,
+    *,
+    limit: float,
+    scale: float = 1.0,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A few kernels for many gradients at a time, and nothing that waits for the device."""
+    filled = {copies: [part for part in group if part.numel()] for copies, group in gradients.items()}
+    squares = [torch.stack(_norms(group)).square().sum() / copies for copies, group in filled.items() if group]
+    square = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+    norm = (square if sum_over_ranks is None else sum_over_ranks(square)).sqrt() / scale
+    factor = reference.clip_factor(norm, limit) / scale
+    for group in filled.values():
+        if group:
+            torch._foreach_mul_(group, factor)
+    return norm
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The L2 norm of each, in at least float32."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return list(torch._foreach_norm(list(tensors), 2.0, dtype=wide))

@@ -7,14 +7,18 @@ arguments, which makes these functions their own oracle). All raise ValueError f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import checks
+from megatron.ops import checks, float8
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm of gradients before dividing, as Megatron and torch.nn.utils.clip_grad_norm_ do."""
+
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -269,3 +273,67 @@ def adamw(
     """
     checks.adamw(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False, fused=False)
+
+
+def make_linear(in_features: int, out_features: int, formats: float8.Formats) -> float8.Product:
+    """A linear map whose matrix products are of 8-bit numbers, see `megatron.ops.float8`; it has no parameters.
+
+    Args:
+        in_features: i, a multiple of 16.
+        out_features: o, a multiple of 16.
+        formats: of the numbers.
+
+    Returns:
+        A function of x [..., i], weight [o, i] of one dtype, the scales of both (float32 scalars), and a function from
+        the gradient of the result to its scale. It gives x weight^T [..., o] in x's dtype. With q(.) for a number cast
+        to 8 bits and divided by its scale again, and g for the gradient of the result:
+        result = q(x) q(weight)^T, gradient of x = q(g) q(weight), of weight = q(g)^T q(x), or g^T x without
+        `formats.weight_gradient`. Sums are wide.
+    """
+    checks.make_linear(in_features, out_features, formats)
+
+    def product(
+        x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, gradient_scale: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        checks.linear_arguments(x, weight, in_features, out_features)
+        return float8.linear(x, weight, x_scale, weight_scale, gradient_scale, formats)
+
+    return product
+
+
+def clip_grad_norm(
+    gradients: Mapping[int, Sequence[Tensor]],
+    device: torch.device,
+    *,
+    limit: float,
+    scale: float = 1.0,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Bring the L2 norm of gradients that are spread over ranks down to a limit (Pascanu et al. 2013), in place.
+
+    Args:
+        gradients: this rank's parts, of any shapes, by the number of ranks that hold the same elements; there may be
+            none.
+        device: of the gradients and the result.
+        limit: largest norm; 0 = none.
+        scale: what the gradients were multiplied by (the loss scale); it is divided out.
+        sum_over_ranks: sums a float32 scalar over all ranks; None: this rank has everything.
+
+    Returns:
+        The norm before clipping, over all ranks and without the scale: float32 scalar (float64 for float64
+        gradients). If it is not finite the gradients are of no use any more.
+    """
+    checks.clip_grad_norm(gradients, device, limit=limit, scale=scale, sum_over_ranks=sum_over_ranks)
+    parts = [_wide(part).square().sum() / copies for copies, group in gradients.items() for part in group]
+    square = torch.stack(parts).sum() if parts else torch.zeros((), device=device)
+    norm = (square if sum_over_ranks is None else sum_over_ranks(square)).sqrt() / scale
+    factor = clip_factor(norm, limit) / scale
+    for group in gradients.values():
+        for part in group:
+            part.mul_(factor.to(part.dtype))
+    return norm
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of this norm (a scalar) are multiplied by so that it is at most `limit`; 0 means no limit."""
+    return (limit / (norm + CLIP_EPSILON)).clamp(max=1.0) if limit > 0.0 else torch.ones_like(norm)

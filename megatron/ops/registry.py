@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron import accelerators
 from megatron.accelerators import Accelerator
 from megatron.ops import checks, reference
+from megatron.ops.float8 import Formats, Product
 
 REFERENCE = "reference"
 
@@ -63,6 +64,21 @@ class AdamWFunction(Protocol):
         """See `reference.adamw`."""
 
 
+class ClipFunction(Protocol):
+    """Signature of `reference.clip_grad_norm`."""
+
+    def __call__(
+        self,
+        gradients: Mapping[int, Sequence[Tensor]],
+        device: torch.device,
+        *,
+        limit: float,
+        scale: float = 1.0,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """See `reference.clip_grad_norm`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """The chosen function for each operation; `megatron.ops.reference` documents them under the same names."""
@@ -79,6 +95,8 @@ class Ops:
     relu: Callable[[Tensor], Tensor]
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float, bool], Tensor]
     cross_entropy: Callable[[Tensor, Tensor], Tensor]
+    make_linear: Callable[[int, int, Formats], Product]
+    clip_grad_norm: ClipFunction
     adamw: AdamWFunction
 
 

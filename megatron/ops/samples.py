@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.ops import float8
+
 _ADAMW_STEPS = 3
 
 
@@ -65,10 +67,16 @@ def prepare(op: str, function: Callable[..., Any], sample: Sample) -> Callable[[
     """A call without arguments that runs the sample forward and backward, with everything else done beforehand.
 
     It returns the result, then the gradients of the differentiated arguments under a fixed weighting of the result;
-    for an optimizer, the parameters after a few steps.
+    for an optimizer, the parameters after a few steps; for clipping, the norm and the clipped gradients.
     """
     if op == "adamw":
         return lambda: _train(function, sample)
+    if op == "clip_grad_norm":
+        return lambda: _clip(function, sample)
+    if op == "make_linear":
+        function = _linear(function)
+    if sample.gradients == 0:
+        return lambda: list(function(*sample.args, **sample.kwargs))
     inputs = [argument.detach().requires_grad_() for argument in sample.args[: sample.gradients]]
     rest = sample.args[sample.gradients :]
     with torch.no_grad():
@@ -106,6 +114,24 @@ def _train(factory: Callable[..., Any], sample: Sample) -> list[Tensor]:
             parameter.grad = gradient * (step + 1)
         optimizer.step()
     return [parameter.detach() for parameter in parameters]
+
+
+def _clip(function: Callable[..., Tensor], sample: Sample) -> list[Tensor]:
+    gradients = [value.clone() for value in sample.args]
+    groups = {1: gradients[:2], 2: gradients[2:]} if len(gradients) > 2 else {1: gradients}
+    return [function(groups, gradients[0].device, **sample.kwargs), *gradients]
+
+
+def _linear(make: Callable[..., float8.Product]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A layer of 8-bit numbers with scales for tensors of standard deviation 1."""
+    largest = {torch.float8_e4m3fn: 240.0, torch.float8_e5m2: 57344.0}  # the least of all devices
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        product = make(weight.shape[1], weight.shape[0], float8.formats("hybrid", largest, weight_gradient=True))
+        scale = torch.full((), 32.0, device=x.device)
+        return product(x, weight, scale, scale, lambda gradient: scale * 64.0)
+
+    return apply
 
 
 def _rms_norm(source: _Source, s: int) -> tuple[Sample, ...]:
@@ -188,6 +214,20 @@ def _adamw(source: _Source, s: int) -> tuple[Sample, ...]:
     return (Sample(label="", args=tuple(values), kwargs={"lr": 1e-2, "weight_decay": 0.1}, gradients=0),)
 
 
+def _clip_grad_norm(source: _Source, s: int) -> tuple[Sample, ...]:
+    values = tuple(source.normal(*shape) for shape in ((s, 2048), (s,), (64, s), (3,)))
+    return (
+        Sample(label="", args=values[:2], kwargs={"limit": 1.0}, gradients=0),
+        Sample(label="short", args=values[:2], kwargs={"limit": 1e9}, gradients=0),
+        Sample(label="copies", args=values, kwargs={"limit": 1.0, "scale": 8.0}, gradients=0),
+        Sample(label="no limit", args=values, kwargs={"limit": 0.0, "scale": 8.0}, gradients=0),
+    )
+
+
+def _make_linear(source: _Source, s: int) -> tuple[Sample, ...]:
+    return (Sample(label="", args=(source.normal(s, 2, 512), source.normal(1376, 512)), gradients=2),)
+
+
 def _embedding(source: _Source, s: int) -> tuple[Sample, ...]:
     # Few different words: the gradient of a row is a long sum.
     vocabulary, words = (8192, 64) if s > 256 else (67, 3)
@@ -208,6 +248,8 @@ _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingPro
         "relu": _activation,
         "bias_dropout_add": _bias_dropout_add,
         "cross_entropy": _cross_entropy,
+        "make_linear": _make_linear,
+        "clip_grad_norm": _clip_grad_norm,
         "adamw": _adamw,
     }
 )

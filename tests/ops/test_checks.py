@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from megatron import accelerators
-from megatron.ops import OPERATIONS, implementations, reference
+from megatron.accelerators.base import FLOAT8
+from megatron.ops import OPERATIONS, float8, implementations, reference
 
 _X = torch.zeros(4, 2, 6)
 _Q = torch.zeros(4, 2, 6, 8)
+_HYBRID = float8.formats("hybrid", FLOAT8, weight_gradient=True)
 
 
 def _attention(q: torch.Tensor = _Q, k: torch.Tensor = _Q, v: torch.Tensor = _Q, **rules: Any) -> tuple[Any, Any]:
@@ -48,6 +50,11 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("bias_dropout_add", (_X, None, _X, -0.1, True), {}, "p must be"),
     ("cross_entropy", (_X, torch.zeros(4, 3, dtype=torch.int64)), {}, "labels must be"),
     ("cross_entropy", (_X, torch.zeros(4, 2)), {}, "labels must be int64"),
+    ("make_linear", (24, 32, _HYBRID), {}, "24 input features per tensor-parallel rank"),
+    ("make_linear", (32, 0, _HYBRID), {}, "0 output features per tensor-parallel rank"),
+    ("clip_grad_norm", ({0: [_X]}, _X.device), {"limit": 1.0}, "held by .0. ranks"),
+    ("clip_grad_norm", ({1: [_X]}, _X.device), {"limit": -1.0}, "limit must be at least 0"),
+    ("clip_grad_norm", ({1: [_X]}, _X.device), {"limit": 1.0, "scale": 0.0}, "scale must be above 0"),
     ("adamw", ([{"params": [_X]}],), {"lr": -1.0}, "lr must be"),
     ("adamw", ([{"params": [_X]}],), {"lr": 1.0, "betas": (1.0, 0.9)}, "beta must be"),
 ]
