@@ -1,4 +1,4 @@
-"""Continuing a text token by token."""
+"""Continuing texts token by token."""
 
 from __future__ import annotations
 
@@ -7,51 +7,39 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron.generation.sampling import Sampling, choose
-from megatron.model.gpt import GPT
+from megatron.generation.search import Continuation, Search
+from megatron.model.cache import KeyValueCache
 from megatron.model.inputs import ModelInputs
 
+Read = Callable[[Tensor, ModelInputs, Sequence[int]], Tensor]
+"""See `reading.Reader.__call__`."""
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: Sequence[int],
-    *,
-    vocab_size: int,
-    max_positions: int,
-    new_tokens: int,
-    sampling: Sampling,
-    eod: int | None = None,
-    generator: torch.Generator | None = None,
-    emit: Callable[[int], None] = lambda token: None,
-) -> list[int]:
-    """The tokens that follow a prompt. Every step reads the whole text again: simple, and exact for every model.
+
+@torch.inference_mode()
+def generate(read: Read, prompts: Sequence[Sequence[int]], search: Search, *, new_tokens: int) -> list[Continuation]:
+    """Continue all prompts at a time. Each token is read once.
 
     Args:
-        model: a whole model on one device.
-        prompt: at least one token id.
-        vocab_size: tokens that exist; rows beyond are padding.
-        max_positions: tokens the model can see; of a longer text it sees the end.
-        new_tokens: how many at most.
-        sampling: how tokens are chosen.
-        eod: ends the text; None = only the length does.
-        generator: source of randomness, on the host: the same choices on every device.
-        emit: told every new token at once.
+        read: a model.
+        prompts: token ids of each, at least one; lengths may differ.
+        search: decides how they go on.
+        new_tokens: the most that `search` writes for one prompt.
 
-    Raises:
-        ValueError: the prompt is empty.
+    Returns:
+        One continuation for each prompt.
     """
-    if not prompt:
-        raise ValueError("the prompt has no tokens")
-    model.eval()
-    device = next(model.parameters()).device
-    text = list(prompt)
-    for _ in range(new_tokens):
-        tokens: Tensor = torch.tensor([text[-max_positions:]], device=device)  # [1, s]
-        logits = model(tokens, ModelInputs())[-1, :, :vocab_size]  # [1, v]
-        token = int(choose(logits.cpu(), sampling, generator).item())
-        if token == eod:
-            break
-        text.append(token)
-        emit(token)
-    return text[len(prompt) :]
+    lengths = [len(prompt) for prompt in prompts]
+    cache = KeyValueCache(max(lengths) + new_tokens)
+    cache.length = max(lengths)
+    # What fills up the shorter prompts is of no account: nothing before it sees it, and it is overwritten.
+    tokens = torch.tensor([[*prompt, *(0,) * (cache.length - len(prompt))] for prompt in prompts])
+    logits = read(tokens, ModelInputs(cache=cache), [length - 1 for length in lengths])
+    while (step := search.advance(logits)).parents:
+        if step.parents != list(range(len(lengths))):
+            cache.select(step.parents)
+            lengths = [lengths[parent] for parent in step.parents]
+        cache.length = max(lengths) + 1
+        inputs = ModelInputs(position_ids=torch.tensor(lengths)[:, None], cache=cache)
+        logits = read(torch.tensor(step.tokens)[:, None], inputs, [0] * len(lengths))
+        lengths = [length + 1 for length in lengths]
+    return search.results()

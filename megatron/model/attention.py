@@ -8,11 +8,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron.model.cache import KeyValueCache
 from megatron.model.inputs import LayerInputs
 from megatron.model.norm import Norm
 from megatron.model.setting import Setting
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, column_linears
 from megatron.mpu.random import dropout_seed, seed_device
+from megatron.ops.cached_attention import cached_attention
 
 
 class Attention(nn.Module):
@@ -48,11 +50,30 @@ class Attention(nn.Module):
             interleaved = setting.arch.rope_interleaved
             q = setting.ops.rotary(q, inputs.cos, inputs.sin, interleaved)
             k = setting.ops.rotary(k, inputs.cos, inputs.sin, interleaved)
-        if setting.recompute.granularity == "selective" and self.training:
+        if inputs.cache is not None:
+            mixed = self._with_cache(q, k, v, inputs, inputs.cache)
+        elif setting.recompute.granularity == "selective" and self.training:
             mixed = checkpoint(self._core, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._core(q, k, v, inputs)
         return self.output(mixed.flatten(2))
+
+    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, inputs: LayerInputs, cache: KeyValueCache) -> Tensor:
+        """As `_core`, for texts that are written token by token."""
+        if inputs.positions is None:
+            cache.begin(self._layer, k, v)
+            return self._core(q, k, v, inputs)
+        arch = self._setting.arch
+        keys, values = cache.extend(self._layer, k, v, inputs.positions)
+        return cached_attention(
+            q,
+            keys,
+            values,
+            positions=inputs.positions,
+            scale=arch.head_dim**-0.5,
+            alibi_slopes=inputs.alibi_slopes,
+            window=arch.sliding_window,
+        )
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, inputs: LayerInputs) -> Tensor:
         """Q [s, b, n/t, d], k and v [s, b, g/t, d] -> [s, b, n/t, d]."""

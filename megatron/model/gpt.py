@@ -128,6 +128,8 @@ class GPT(nn.Module):
             alibi_slopes=self._positions.slopes(hidden.device),
             document_ids=inputs.document_ids,
             dropout_seed=inputs.dropout_seed,
+            cache=inputs.cache,
+            positions=None if inputs.cache is None else inputs.position_ids,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

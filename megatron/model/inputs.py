@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron.model.cache import KeyValueCache
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
@@ -15,11 +17,14 @@ class ModelInputs:
         position_ids: [b, s] int64; None = 0 .. s-1 in every sample.
         document_ids: [b, s] int64; tokens attend only within their own document; None = one document per sample.
         dropout_seed: seed of this micro-batch's dropout masks; unused without dropout.
+        cache: of text that is written token by token: keys and values are kept there. With position ids the tokens
+            continue the texts in it, without they begin them.
     """
 
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
     dropout_seed: int = 0
+    cache: KeyValueCache | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,8 @@ class LayerInputs:
         alibi_slopes: [n/t] float32, of this rank's query heads; None without ALiBi.
         document_ids: see `ModelInputs`.
         dropout_seed: see `ModelInputs`.
+        cache: see `ModelInputs`.
+        positions: [b, s] int64 of tokens that continue the texts in the cache; else None.
     """
 
     cos: Tensor | None = None
@@ -38,3 +45,5 @@ class LayerInputs:
     alibi_slopes: Tensor | None = None
     document_ids: Tensor | None = None
     dropout_seed: int = 0
+    cache: KeyValueCache | None = None
+    positions: Tensor | None = None

@@ -95,6 +95,13 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     return start_all_gather(x, group).wait()
 
 
+def broadcast(x: Tensor, group: Group, member: int) -> Tensor:
+    """What `x` [...] is on one member, on all of them; elsewhere `x`, which must be contiguous, is overwritten."""
+    if group.size > 1:
+        dist.broadcast(x, src=group.ranks[member], group=group.handle)
+    return x
+
+
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """This member's part along dimension 0 of the sum of the members' `x`: [s, ...] -> [s/size, ...]."""
     return start_reduce_scatter(x, group).wait()

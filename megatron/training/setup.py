@@ -49,7 +49,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     if config.deepspeed.deepspeed:
         os.environ.update(deepspeed_environment(accelerator, env))
     device = accelerator.set_device(config.parallel.local_rank)
-    _join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
     parallel = config.parallel
     topology = Topology(
         parallel.world_size,
@@ -83,8 +83,8 @@ def _quiet_dependencies() -> None:
     warnings.filterwarnings("ignore", message=f".*torch.distributed.({names}).* is deprecated", category=FutureWarning)
 
 
-def _join(backend: str, env: Mapping[str, str], timeout: timedelta) -> None:
-    """Initialise torch.distributed; a process without a launcher is a world of one."""
+def join(backend: str, env: Mapping[str, str], timeout: timedelta) -> None:
+    """Initialise torch.distributed, if that is not done; a process without a launcher is a world of one."""
     if dist.is_initialized():
         return
     if "RANK" in env:

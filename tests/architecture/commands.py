@@ -25,7 +25,7 @@ class Command:
         if program in ("bash", "sh"):
             return "script"
         if program == "torchrun":
-            return "trainer"
+            return "tool" if self.trainer()[1][0].startswith("tools/") else "trainer"
         if program in _PYTHONS and rest[:2] == ("-m", "megatron.launch"):
             return "launch"
         if program in _PYTHONS and rest[:1] == ("-m",):
@@ -38,11 +38,12 @@ class Command:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The long flags."""
-        return tuple(word.partition("=")[0] for word in self.words if re.match(r"--[a-z]", word))
+        """The long flags, without those of a launcher."""
+        words = self.trainer()[1] if self.words[0] == "torchrun" else self.words
+        return tuple(word.partition("=")[0] for word in words if re.match(r"--[a-z]", word))
 
     def trainer(self) -> tuple[int, tuple[str, ...]]:
-        """Number of processes, and the trainer's script with its flags, of a `trainer` command."""
+        """Number of processes, and the script with its flags, of a `trainer` command or of any under torchrun."""
         words, processes = list(self.words[1:]), 1
         while words and words[0].startswith("-"):
             flag, _, value = words.pop(0).partition("=")

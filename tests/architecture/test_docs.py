@@ -55,7 +55,7 @@ def test_command_of_the_documentation(page, command, tmp_path):
         processes, words = command.trainer()
         _run([sys.executable, *words, "--dry-run"], [*variables, ("WORLD_SIZE", str(processes))])
     elif command.kind in ("tool", "module"):
-        start = arguments[: 2 if command.kind == "module" else 1]
+        start = [next(word for word in arguments if word.endswith(".py"))] if command.kind == "tool" else arguments[:2]
         help_text = _help(*start)
         assert [flag for flag in command.flags if flag not in help_text] == []
     else:
@@ -111,6 +111,7 @@ def test_commands_are_taken_apart():
     ("line", "kind"),
     [
         ("bash a.sh", "script"),
+        ("torchrun --nproc-per-node 2 tools/plot_loss.py x", "tool"),
         ("torchrun --nproc-per-node 2 pretrain_gpt.py", "trainer"),
         ("python pretrain_gpt.py --lr 1", "trainer"),
         ("python -m megatron.launch", "launch"),

@@ -141,7 +141,41 @@ def test_ascendspeed_changes_the_layout(tool: Any, tmp_path: Path) -> None:
     assert_equal(open_model(tmp_path / "out", None, ReadOptions(config=tmp_path / "hf")), model)
 
 
+def test_ascendspeed_as_its_readme_writes_it(tool: Any, tmp_path: Path) -> None:
+    """mkdir model_weights; the model was cloned into ./tokenizer; of 33B the real sizes, but for the widths."""
+    arch = replace(
+        FAMILIES["llama"], num_layers=60, num_heads=52, num_kv_heads=52, head_dim=2, hidden_size=104, ffn_hidden_size=16
+    )
+    model = random_model(arch)
+    convert(model, "hf", tmp_path / "tokenizer" / "llama-33b-hf", QUIET)
+    (tmp_path / "model_weights").mkdir()
+    folders = ["--input-model-dir", f"{tmp_path}/tokenizer", "--output-model-dir", f"{tmp_path}/model_weights"]
+    layout = ["--tensor-model-parallel-size", 8, "--pipeline-model-parallel-size", 4]
+    with pytest.raises(CheckpointError, match="--type 33B hidden size: 6656, but 104"):
+        tool(ASCEND, *folders, *layout, "--type", "33B")
+    sizes = ["--type", "narrow", "--num_layers", 60, "--hidden_size", 104, "--num_heads", 52]
+    with pytest.raises(CheckpointError, match="52 query heads cannot be divided over 8 ranks"):
+        tool(ASCEND, *folders, *layout, *sizes)
+    tool(ASCEND, *folders, *layout, *sizes, "--tensor-model-parallel-size", 4)
+    assert len(list((tmp_path / "model_weights" / "release").iterdir())) == 16
+    assert_equal(open_model(tmp_path / "model_weights", None, ReadOptions()), model)
+
+
 NEURON = "ckpt_convert/convert_checkpoints.py"
+
+
+def test_neuron_as_its_tutorial_writes_it(tool: Any, tmp_path: Path) -> None:
+    """Without --hw_backend; the configuration is in the full model's folder, or given as config.json."""
+    model = random_model(FAMILIES["mistral"])
+    convert(model, "hf", tmp_path / "full_model", QUIET)
+    layout = ["--tp_size", 4, "--pp_size", 2, "--n_layers", 4]
+    there = ["--input_dir", tmp_path / "full_model", "--output_dir", tmp_path / "sharded", "--convert_from_full_model"]
+    more = ["--kv_size_multiplier", 2, "--qkv_linear", "True"]
+    tool(NEURON, *layout, *there, *more)
+    back = ["--input_dir", tmp_path / "sharded", "--output_dir", tmp_path / "full", "--convert_to_full_model"]
+    config = ["--config", tmp_path / "full_model" / "config.json", "--load_xser", "True"]
+    tool(NEURON, *layout, *back, *more, *config)
+    assert_equal(open_model(tmp_path / "full", "nxd", ReadOptions(config=tmp_path / "full_model")), model)
 
 
 @pytest.mark.parametrize("backend", ["trn1", "trn2"])

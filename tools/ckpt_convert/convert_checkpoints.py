@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--input_dir", type=Path, help="full state (a file, or a Hugging Face folder) or folder of sharded weights")
     add("--output_dir", type=Path, required=True, help="folder to write")
-    add("--hw_backend", choices=("trn1", "trn2"), required=True, help="decides the order of heads")
+    add("--hw_backend", choices=("trn1", "trn2"), default="trn1", help="decides the order of heads")
     add("--config", type=Path, help="config.json of the model")
     add("--model_key", default="model", help="key of the weights in a file, where they are not on top")
     for name in ("tp_size", "pp_size", "ep_size", "virtual_pp_size", "kv_size_multiplier"):

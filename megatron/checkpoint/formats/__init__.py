@@ -62,6 +62,8 @@ def open_model(folder: Path, kind: str | None, options: ReadOptions) -> StoredMo
     Raises:
         CheckpointError: it cannot be read; CheckpointMismatch if the folder is of another kind.
     """
+    if not folder.exists():
+        raise CheckpointMismatch(f"--load {folder}: it does not exist")
     found = kind_of(folder)
     if kind is not None and found is not None and found != kind:
         raise CheckpointMismatch(f"--load {folder}: {describe(folder)}; use --from {found} instead of --from {kind}")

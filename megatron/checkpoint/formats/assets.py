@@ -39,6 +39,10 @@ class Assets:
         """Whether a tokenizer can be made of the files."""
         return any(name in self.files for name in _LOADABLE)
 
+    def tokenizer_folder(self) -> Path | None:
+        """The folder of the tokenizer, if one can be made of the files."""
+        return next((self.files[name].parent for name in _LOADABLE if name in self.files), None)
+
     def copy_to(self, folder: Path) -> None:
         """Write all of them into a folder."""
         folder.mkdir(parents=True, exist_ok=True)

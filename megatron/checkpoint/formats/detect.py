@@ -33,8 +33,6 @@ def kind_of(folder: Path) -> str | None:
 
 def describe(folder: Path) -> str:
     """What a folder looks like, in words."""
-    if not folder.exists():
-        return "it does not exist"
     found = _match(folder)
     if found is not None:
         return f"it looks like {found[1]} (it holds {found[2]})"

@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def model_folder(given: Path) -> Path:
+    """The folder itself, or the only model below it: AscendSpeed's README names the folder into which it was cloned."""
+    below = [path.parent for path in given.glob("*/config.json")]
+    return below[0] if len(below) == 1 and not (given / "config.json").exists() else given
+
+
 def check(args: argparse.Namespace, arch: Architecture) -> None:
     """Refuse arguments that do not describe the model in the folder.
 
@@ -84,7 +90,7 @@ def main() -> None:
     """Convert one model."""
     args = parser().parse_args()
     started = time.monotonic()
-    model = open_model(args.input_model_dir, "hf", ReadOptions())
+    model = open_model(model_folder(args.input_model_dir), "hf", ReadOptions())
     check(args, model.arch)
     if args.added_token_num:
         model = with_vocabulary(model, model.arch.vocab_size + args.added_token_num)
