@@ -126,7 +126,32 @@ PIPELINES = (
     _pipeline("PP2 DP2 interleaved, tied embeddings", 4, *_VIRTUAL, stages=(1, 3), tied=True),
     _pipeline("PP2 DP2 zbv, tied embeddings", 4, _SCHEDULE, "zbv", stages=(0, 1), tied=True),
 )
-LAYOUTS = (*SHALLOW, *PIPELINES)
+_CONTEXT, _ULYSSES = ("--context-parallel-size",), ("--ds-sequence-parallel-size",)
+_LEARNED = ("--position-embedding-type", "learned_absolute")
+_NATIVE = tuple(f"native stage {stage}" for stage in (0, 1, 3))
+_ENGINES = (*_NATIVE, *(f"DeepSpeed ZeRO-{stage}" for stage in (0, 1, 3)))
+_ONE = ("native stage 1", "DeepSpeed ZeRO-1")
+SEQUENCES = (
+    Layout("CP2", 2, (*_CONTEXT, "2"), _ENGINES),
+    Layout("CP4", 4, (*_CONTEXT, "4"), _ENGINES),
+    Layout("CP2 DP2", 4, (*_CONTEXT, "2"), _ENGINES),
+    Layout("CP2 TP2", 4, (*_CONTEXT, "2", *_TENSOR, "2"), _ONE),
+    Layout("CP2 TP2 SP", 4, (*_CONTEXT, "2", *_TENSOR, "2", "--sequence-parallel"), _ENGINES),
+    Layout("CP2 PP2", 4, (*_CONTEXT, "2", "--pipeline-model-parallel-size", "2"), (*_NATIVE, "DeepSpeed ZeRO-1"), DEEP),
+    Layout("CP2, recomputed", 2, (*_CONTEXT, "2", "--recompute-granularity", "full"), _ONE),
+    Layout("CP2, window", 2, (*_CONTEXT, "2"), _ONE, (*MODEL, "--window-size", "9")),
+    Layout("CP2, ALiBi", 2, (*_CONTEXT, "2"), _ONE, (*MODEL, "--position-embedding-type", "alibi")),
+    Layout("CP2, learned positions", 2, (*_CONTEXT, "2"), _ONE, (*MODEL, *_LEARNED)),
+    Layout("Ulysses 2", 2, (*_ULYSSES, "2"), _ENGINES),
+    Layout("Ulysses 4", 4, (*_ULYSSES, "4"), _ENGINES),
+    Layout("Ulysses 4, 2 kv heads", 4, (*_ULYSSES, "4"), _ONE, (*MODEL, "--num-key-value-heads", "2")),
+    Layout("Ulysses 2 DP2", 4, (*_ULYSSES, "2"), _ENGINES),
+    Layout("Ulysses 2 TP2 SP", 4, (*_ULYSSES, "2", *_TENSOR, "2", "--sequence-parallel"), _ENGINES),
+    Layout("Ulysses 2 PP2", 4, (*_ULYSSES, "2", "--pipeline-model-parallel-size", "2"), _ONE, DEEP),
+    Layout("CP2 Ulysses 2", 4, (*_CONTEXT, "2", *_ULYSSES, "2"), _ONE),
+)
+"""Ranks that share every sequence."""
+LAYOUTS = (*SHALLOW, *PIPELINES, *SEQUENCES)
 
 
 def train(argv: Sequence[str]) -> None:

@@ -43,8 +43,13 @@ def _layout(s: Settings) -> Changes:
     model_ranks = 1
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         model_ranks *= s[name]
-    model_ranks *= s["ds_sequence_parallel_size"]
-    return {"data_parallel_size": max(1, s["world_size"] // model_ranks)}
+    ulysses, context = s["ds_sequence_parallel_size"], s["context_parallel_size"]
+    by_heads = s["cp_comm_type"] == "a2a"
+    return {
+        "data_parallel_size": max(1, s["world_size"] // (model_ranks * ulysses)),
+        "ring_parallel_size": 1 if by_heads else context,
+        "ulysses_parallel_size": ulysses * context if by_heads else ulysses,
+    }
 
 
 def _pipeline(s: Settings) -> Changes:

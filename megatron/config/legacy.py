@@ -114,6 +114,10 @@ WITHOUT_EFFECT = (
         ),
     ),
     (
+        "with one rank, sharing sequences by heads is the same computation",
+        (("--force-ds-sequence-parallel", False),),
+    ),
+    (
         "recomputation is the same with both engines",
         (("--deepspeed-activation-checkpointing", False), ("--pytorch-activation-checkpointing", False)),
     ),
@@ -321,6 +325,14 @@ REFUSED = (
         (
             ("--transformer-impl", "local", "str", ("local", "transformer_engine")),
             ("--use-legacy-models", False),
+        ),
+    ),
+    (
+        "a rank computes its part of a sequence at once; share sequences among more ranks with --context-parallel-size",
+        (
+            ("--ds-sequence-parallel-fpdt", False),
+            ("--ds-sequence-parallel-fpdt-chunk-size", 65536),
+            ("--ds-sequence-parallel-fpdt-offloading", False),
         ),
     ),
     ("use --num-experts", (("--num-experts-switch", None, "int"),)),

@@ -9,15 +9,21 @@ Strings = tuple[str, ...]
 
 
 def world_is_a_multiple_of_the_model(
-    world_size: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int, context_parallel_size: int
+    world_size: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    context_parallel_size: int,
+    ds_sequence_parallel_size: int,
 ) -> str | None:
-    """Every copy of the model takes the same number of ranks."""
+    """Every copy of the model, and of the sequence it trains on, takes the same number of ranks."""
     ranks = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    ranks *= ds_sequence_parallel_size
     if world_size % ranks:
+        by_heads = f" x --ds-sequence-parallel-size {ds_sequence_parallel_size}" * (ds_sequence_parallel_size > 1)
         return (
             f"world size {world_size}: must be a multiple of {ranks} = --tensor-model-parallel-size "
             f"{tensor_model_parallel_size} x --pipeline-model-parallel-size {pipeline_model_parallel_size} x "
-            f"--context-parallel-size {context_parallel_size}"
+            f"--context-parallel-size {context_parallel_size}{by_heads}"
         )
     return None
 
@@ -44,21 +50,14 @@ def ffn_splits(ffn_hidden_size: int, tensor_model_parallel_size: int) -> str | N
     return _multiple("--ffn-hidden-size", ffn_hidden_size, tensor_model_parallel_size)
 
 
-def sequence_splits(sequence_parallel: bool, seq_length: int, tensor_model_parallel_size: int) -> str | None:
-    """Sequence parallelism gives each rank the same number of tokens."""
-    if sequence_parallel:
-        return _multiple("--seq-length", seq_length, tensor_model_parallel_size, " with --sequence-parallel")
-    return None
-
-
 def padded_vocabulary_splits(padded_vocab_size: int, tensor_model_parallel_size: int) -> str | None:
     """Each tensor-parallel rank has the same number of rows of the embedding."""
     return _multiple("--padded-vocab-size", padded_vocab_size, tensor_model_parallel_size)
 
 
-def _multiple(flag: str, value: int, ranks: int, why: str = "") -> str | None:
+def _multiple(flag: str, value: int, ranks: int) -> str | None:
     if value % ranks:
-        return f"{flag} {value}: must be a multiple of --tensor-model-parallel-size {ranks}{why}"
+        return f"{flag} {value}: must be a multiple of --tensor-model-parallel-size {ranks}"
     return None
 
 
@@ -221,7 +220,6 @@ RULES: tuple[Rule, ...] = (
     query_heads_split,
     kv_heads_split,
     ffn_splits,
-    sequence_splits,
     padded_vocabulary_splits,
     heads_divide_hidden,
     query_heads_share_kv_heads,

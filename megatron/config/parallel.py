@@ -24,6 +24,13 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "Ranks that share the layers among them (pipeline).", minimum=1)
     context_parallel_size: int = option(1, "Ranks that share every sequence (context parallelism).", minimum=1)
     ds_sequence_parallel_size: int = option(1, "Ranks that share every sequence by heads (Ulysses).", minimum=1)
+    cp_comm_type: Literal["p2p", "a2a"] = option(
+        "p2p",
+        "What --context-parallel-size means: p2p, keys and values go round a ring; a2a, the ranks share every sequence "
+        "by heads, as with --ds-sequence-parallel-size.",
+    )
+    ring_parallel_size: int = derived()  # ranks
+    ulysses_parallel_size: int = derived()  # ranks
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"] = resolved(
         "Order of the work in a pipeline: gpipe or 1f1b for one stage per rank, interleaved for several, zbv for two, "
         "zero-bubble for any number. Default: 1f1b, or interleaved for several stages per rank."
@@ -54,10 +61,6 @@ class ParallelConfig:
         "What is in each pipeline stage: E for the embedding, t for a layer, L for the loss, | between stages; t*3 is "
         "ttt, (t|)*2 is t|t|. Example: Et*3|(t*4|)*6t*3L.",
     )
-    force_ds_sequence_parallel: bool = option(False, "Sequence parallelism by heads even with one rank.")
-    ds_sequence_parallel_fpdt: bool = option(False, "Sequence parallelism by heads, in chunks.")
-    ds_sequence_parallel_fpdt_chunk_size: int = option(65536, "Size of such a chunk, in tokens.", minimum=1)
-    ds_sequence_parallel_fpdt_offloading: bool = option(False, "Keep such chunks on the host.")
     sequence_parallel: bool = option(
         False, "Share norms and dropout among the tensor-parallel ranks along the sequence."
     )

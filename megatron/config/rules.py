@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megatron.config import model_rules, pipeline_rules, run_rules
+from megatron.config import model_rules, pipeline_rules, run_rules, sequence_rules
 
 
 class NotYet(NamedTuple):
@@ -24,16 +24,9 @@ class NotYet(NamedTuple):
     feature: str
 
 
-_ULYSSES = "sequence parallelism by heads"
 _EXPERTS = "mixtures of experts"
 # To lift a refusal, delete its row.
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet("context_parallel_size", 1, "context parallelism"),
-    NotYet("ds_sequence_parallel_size", 1, _ULYSSES),
-    NotYet("force_ds_sequence_parallel", False, _ULYSSES),
-    NotYet("ds_sequence_parallel_fpdt", False, _ULYSSES),
-    NotYet("ds_sequence_parallel_fpdt_chunk_size", 65536, _ULYSSES),
-    NotYet("ds_sequence_parallel_fpdt_offloading", False, _ULYSSES),
     NotYet("num_experts", (1,), _EXPERTS),
     NotYet("mlp_type", "standard", _EXPERTS),
     NotYet("moe_expert_parallel_size", 1, _EXPERTS),
@@ -53,7 +46,9 @@ EXPERTS_ONLY = (
 )
 
 
-RULES: tuple[Callable[..., str | None], ...] = model_rules.RULES + pipeline_rules.RULES + run_rules.RULES
+RULES: tuple[Callable[..., str | None], ...] = tuple(
+    rule for module in (model_rules, sequence_rules, pipeline_rules, run_rules) for rule in module.RULES
+)
 
 
 def violations(settings: Mapping[str, Any], given: frozenset[str]) -> Iterator[str]:

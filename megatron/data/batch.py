@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from megatron.data.indexed_dataset import Tokens
+from megatron.mpu.context import SequencePart
 
 _MASK64 = (1 << 64) - 1
 
@@ -25,9 +26,9 @@ class Batch:
     loss_mask: torch.Tensor
     """[b, s] float32: 1 where the label counts."""
     position_ids: torch.Tensor | None = None
-    """[b, s] int64 where positions restart after EOD; None means 0 to s - 1."""
+    """[b or 1, s] int64 where positions restart after EOD; None means 0 to s - 1."""
     document_ids: torch.Tensor | None = None
-    """[b, s] int64 where attention stays within documents; None means one document."""
+    """[b, s] int64 where attention stays within documents; None means one document. Always of whole sequences."""
     dropout_seed: int = 0
     """Made from the seed of the run and the place of the first sample among all samples of the run."""
 
@@ -87,6 +88,31 @@ def make_batch(samples: Tokens, real: npt.NDArray[np.bool_], rules: MaskRules, d
         position_ids=None if positions is None else torch.from_numpy(positions),
         document_ids=None if documents is None else torch.from_numpy(documents),
         dropout_seed=dropout_seed,
+    )
+
+
+def own_tokens(batch: Batch, part: SequencePart) -> Batch:
+    """What one of the ranks that share the sequences of a micro-batch needs of it: its tokens, but all documents.
+
+    Args:
+        batch: of whole sequences [b, s].
+        part: of the rank, one of n.
+
+    Returns:
+        Tokens, labels, loss mask and position ids [b, s/n] (or [1, s/n]); document ids [b, s].
+
+    Raises:
+        ValueError: if the sequences cannot be cut evenly.
+    """
+    if part.ranks == 1:
+        return batch
+    own = torch.tensor(part.tokens(batch.tokens.shape[1]))
+    return replace(
+        batch,
+        tokens=batch.tokens[:, own],
+        labels=batch.labels[:, own],
+        loss_mask=batch.loss_mask[:, own],
+        position_ids=own[None] if batch.position_ids is None else batch.position_ids[:, own],
     )
 
 

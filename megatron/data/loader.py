@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from megatron.data.batch import Batch, MaskRules, make_batch, mix_seed
+from megatron.data.batch import Batch, MaskRules, make_batch, mix_seed, own_tokens
 from megatron.data.blend import Samples
 from megatron.data.datasets import Fim, build_datasets
 from megatron.data.errors import DataError
 from megatron.data.instruction import InstructionRules, instruction_batch
 from megatron.data.samplers import PADDING, CyclicSampler, SampleRef, SequentialSampler, ShardedCyclicSampler, Share
 from megatron.data.settings import DataSettings, SampleCounts
+from megatron.mpu.context import WHOLE, SequencePart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,15 @@ class LoaderOptions:
     """How micro-batches are made on one rank.
 
     Attributes:
-        share: the part of the stream that this data-parallel rank reads. Ranks that differ only in their tensor- or
-            pipeline-parallel place pass the same share and read the same data; nothing is broadcast.
+        share: the part of the stream that this data-parallel rank reads. Ranks that differ only in their tensor-,
+            context- or pipeline-parallel place pass the same share and read the same data; nothing is broadcast.
         rules: what EOD does.
         seed: of the run; dropout seeds derive from it.
         num_workers: processes that read ahead; 0 reads in this process.
         pin_memory: page-locked batches, where the device copies from them faster.
         instruction: how samples of instruction data are filled up to `seq_length`; None for pretraining data.
         seq_length: see `instruction`.
+        part: the tokens of every sequence that this rank trains on.
     """
 
     share: Share
@@ -42,6 +44,7 @@ class LoaderOptions:
     pin_memory: bool = False
     instruction: InstructionRules | None = None
     seq_length: int = 0
+    part: SequencePart = WHOLE
 
 
 class BatchStream:
@@ -99,6 +102,7 @@ def build_data_iterators(
     pin_memory: bool = False,
     report: Callable[[str], None] = lambda line: None,
     fim: Fim | None = None,
+    part: SequencePart = WHOLE,
 ) -> DataIterators:
     """Everything from settings to micro-batches. With torch.distributed, all ranks must call it.
 
@@ -113,6 +117,7 @@ def build_data_iterators(
         pin_memory: page-locked batches.
         report: receives lines for the log.
         fim: see `build_datasets`.
+        part: the tokens of every sequence that this rank trains on.
 
     Raises:
         DataError: the data cannot be used; on every rank, also when only one of them found out.
@@ -132,6 +137,7 @@ def build_data_iterators(
         pin_memory=pin_memory,
         instruction=settings.instruction,
         seq_length=settings.seq_length,
+        part=part,
     )
     with _Agreement(device):
         datasets = build_datasets(settings, counts, vocab_size=vocab_size, eod=eod, report=report, fim=fim)
@@ -206,8 +212,10 @@ class _Collate:
         real = np.array([ref.index != PADDING for ref, _ in items])
         seed = mix_seed(options.seed, items[0][0].position)
         if options.instruction is not None:
-            return instruction_batch(samples, real, options.instruction, options.seq_length, seed)
-        return make_batch(np.stack(samples), real, options.rules, seed)
+            batch = instruction_batch(samples, real, options.instruction, options.seq_length, seed)
+        else:
+            batch = make_batch(np.stack(samples), real, options.rules, seed)
+        return own_tokens(batch, options.part)
 
 
 def _loader(dataset: Samples, sampler: _Sampler, options: LoaderOptions) -> DataLoader[Any]:

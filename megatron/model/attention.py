@@ -1,9 +1,11 @@
-"""Self-attention, heads split over the tensor-parallel ranks.
+"""Self-attention, heads split over the tensor-parallel ranks, tokens over the context-parallel ranks.
 
 Legend: s=sequence, b=micro-batch, h=hidden, n=query heads, g=kv heads, d=head dim, t=tensor-parallel ranks.
 """
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,9 +14,21 @@ from megatron.model.cache import KeyValueCache
 from megatron.model.inputs import LayerInputs
 from megatron.model.norm import Norm
 from megatron.model.setting import Setting
+from megatron.mpu.collectives import own_part
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, column_linears
 from megatron.mpu.random import dropout_seed, seed_device
+from megatron.mpu.ring_attention import ring_attention
+from megatron.mpu.ulysses import gather_heads, scatter_heads
 from megatron.ops.cached_attention import cached_attention
+
+
+class _Rules(TypedDict):
+    """Who sees whom, as `Ops.attention` takes it."""
+
+    scale: float
+    alibi_slopes: Tensor | None
+    document_ids: Tensor | None
+    window: int | None
 
 
 class Attention(nn.Module):
@@ -76,22 +90,30 @@ class Attention(nn.Module):
         )
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, inputs: LayerInputs) -> Tensor:
-        """Q [s, b, n/t, d], k and v [s, b, g/t, d] -> [s, b, n/t, d]."""
+        """Q [s, b, n/t, d], k and v [s, b, g/t, d] -> [s, b, n/t, d], where s are the tokens of this rank."""
         arch, groups = self._setting.arch, self._setting.groups
         scale = arch.head_dim**-0.5
         if arch.qk_layer_scaling:
             # Smaller products for float16, made up for inside the kernel, which computes scores in float32.
             q, scale = q / (self._layer + 1), scale * (self._layer + 1)
-        dropout = arch.attention_dropout if self.training else 0.0
-        if dropout > 0.0:
-            seed_device(q.device, dropout_seed(inputs.dropout_seed, self._layer, "attention", groups, split=True))
-        return self._setting.ops.attention(
-            q,
-            k,
-            v,
+        slopes = inputs.alibi_slopes
+        rules = _Rules(
             scale=scale,
-            alibi_slopes=inputs.alibi_slopes,
+            alibi_slopes=None if slopes is None else own_part(slopes, groups.ulysses),
             document_ids=inputs.document_ids,
             window=arch.sliding_window,
-            dropout_p=dropout,
         )
+        q, k, v = scatter_heads(q, k, v, groups.ulysses)
+        if groups.ring.size > 1:
+            mixed = ring_attention(q, k, v, group=groups.ring, ops=self._setting.ops, **rules)
+        else:
+            mixed = self._whole(q, k, v, inputs.dropout_seed, rules)
+        return gather_heads(mixed, groups.ulysses)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, seed: int, rules: _Rules) -> Tensor:
+        """Attention of all tokens, for some heads: q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]."""
+        arch, groups = self._setting.arch, self._setting.groups
+        dropout = arch.attention_dropout if self.training else 0.0
+        if dropout > 0.0:
+            seed_device(q.device, dropout_seed(seed, self._layer, "attention", groups, split=True))
+        return self._setting.ops.attention(q, k, v, **rules, dropout_p=dropout)

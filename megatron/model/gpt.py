@@ -172,5 +172,12 @@ def _check_layout(arch: Architecture, groups: ProcessGroups) -> None:
             )
     if arch.num_heads % arch.num_kv_heads:
         raise ValueError(f"{arch.num_kv_heads} kv heads must divide {arch.num_heads} attention heads")
-    if groups.cp.size > 1:
-        raise ValueError(f"--context-parallel-size is {groups.cp.size}; this model supports 1")
+    if (arch.num_heads // tp) % groups.ulysses.size:
+        raise ValueError(
+            f"--ds-sequence-parallel-size is {groups.ulysses.size}; it must divide the {arch.num_heads // tp} "
+            "attention heads of a tensor-parallel rank"
+        )
+    if groups.ring.size > 1 and arch.attention_dropout > 0.0:
+        raise ValueError(
+            f"--attention-dropout is {arch.attention_dropout}; with --context-parallel-size above 1 it must be 0"
+        )

@@ -14,8 +14,9 @@ class ModelInputs:
     """Side inputs of one micro-batch, the same for every layer and pipeline stage.
 
     Attributes:
-        position_ids: [b, s] int64; None = 0 .. s-1 in every sample.
+        position_ids: [b or 1, s] int64 of this rank's tokens; None = 0 .. s-1 in every sample.
         document_ids: [b, s] int64; tokens attend only within their own document; None = one document per sample.
+            Context-parallel ranks need those of the whole sequence, not only of their tokens.
         dropout_seed: seed of this micro-batch's dropout masks; unused without dropout.
         cache: of text that is written token by token: keys and values are kept there. With position ids the tokens
             continue the texts in it, without they begin them.

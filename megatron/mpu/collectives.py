@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,21 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
     return Pending(result, _reduce_scatter_flat(result, x, op=SUM, group=group.handle, async_op=True), x)
 
 
+def all_to_all(x: Tensor, group: Group, *, sent: list[int] | None = None, received: list[int] | None = None) -> Tensor:
+    """Rows of `x` [s, ...] to every member, and the rows that members sent here, in the members' order.
+
+    Args:
+        x: the rows for the first member, then those for the second, ...
+        group: the members.
+        sent: rows for each member; None = equally many.
+        received: rows from each member; None = equally many.
+    """
+    x = x.contiguous()
+    result = x.new_empty((x.shape[0] if received is None else sum(received), *x.shape[1:]))
+    dist.all_to_all_single(result, x, output_split_sizes=received, input_split_sizes=sent, group=group.handle)
+    return result
+
+
 def start_send(x: Tensor, group: Group, member: int) -> Pending:
     """Send `x` [...] to another member, in the background. Transfers between two members arrive in order."""
     x = x.contiguous()
@@ -83,6 +99,31 @@ def start_send(x: Tensor, group: Group, member: int) -> Pending:
 def start_receive(buffer: Tensor, group: Group, member: int) -> Pending:
     """Fill `buffer` [...] with what another member sends, in the background."""
     return Pending(buffer, dist.irecv(buffer, src=group.ranks[member], group=group.handle))
+
+
+def start_exchange(x: Tensor, group: Group, *, to: int, source: int) -> Pending:
+    """Send `x` [...] to one member and get as much from another, in the background and at once.
+
+    A send and a receive after each other would wait for each other where a backend works them off in order.
+    """
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    transfers = [
+        dist.P2POp(dist.isend, x, group.ranks[to], group.handle),
+        dist.P2POp(dist.irecv, result, group.ranks[source], group.handle),
+    ]
+    return Pending(result, _All(dist.batch_isend_irecv(transfers)), x)
+
+
+class _All:
+    """Several running transfers as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 def all_reduce(x: Tensor, group: Group, op: Any = SUM) -> Tensor:

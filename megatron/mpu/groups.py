@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatron.mpu.context import SequencePart
 from megatron.mpu.topology import Place, Topology
 
-MESH_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+MESH_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class ProcessGroups:
     Attributes:
         topology: the grid of ranks.
         place: coordinates of this process in it.
-        mesh: the same grid for `torch.distributed.tensor` and FSDP, with the data-parallel axis cut in two: between
-            "dp_replicate" ranks gradients are all-reduced, over "dp_shard" ranks the optimizer state is sharded
-            (hybrid sharding). None when torch.distributed is not initialised.
+        mesh: the same grid for `torch.distributed.tensor` and FSDP, to which dp and cp are one axis, cut in two in
+            another way: between "dp_replicate" ranks gradients are all-reduced, over "dp_shard" ranks the optimizer
+            state is sharded (hybrid sharding). None when torch.distributed is not initialised.
         tp, cp, dp, pp: the group along each axis.
+        ulysses, ring: the two ways in which cp ranks share a sequence, see `mpu.topology`.
         dp_cp: all ranks that hold the same weights: the group over which losses and gradients are summed.
         world: all ranks.
     """
@@ -52,6 +54,8 @@ class ProcessGroups:
     cp: Group
     dp: Group
     pp: Group
+    ulysses: Group
+    ring: Group
     dp_cp: Group
     world: Group
 
@@ -63,10 +67,14 @@ class ProcessGroups:
         """
         if self.mesh is None:
             raise RuntimeError("there is no device mesh: torch.distributed was not initialised before build_groups")
-        if self.cp.size > 1:
-            self.mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-            return self.mesh["dp_replicate", "dp_shard_cp"]
         return self.mesh["dp_replicate", "dp_shard"]
+
+    @property
+    def sequence_part(self) -> SequencePart:
+        """Which tokens of a sequence this process has."""
+        return SequencePart(
+            ring=self.ring.size, turn=self.ring.rank, ulysses=self.ulysses.size, share=self.ulysses.rank
+        )
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """Sum of `x` [...] over the ranks that hold the same weights: a new tensor, without gradient."""
@@ -95,6 +103,8 @@ def single_process() -> ProcessGroups:
         cp=alone,
         dp=alone,
         pp=alone,
+        ulysses=alone,
+        ring=alone,
         dp_cp=alone,
         world=alone,
     )
@@ -110,28 +120,28 @@ def build_groups(topology: Topology, device_type: str, *, dp_replicas: int = 1) 
 
     Raises:
         ValueError: if the topology is for another number of ranks than there are, or the copies do not divide the
-            data-parallel ranks.
+            ranks that hold the same weights.
     """
-    if topology.dp % dp_replicas:
+    holders = topology.dp * topology.cp
+    if holders % dp_replicas:
         raise ValueError(
-            f"--num-distributed-optimizer-instances is {dp_replicas}; it must divide the {topology.dp} "
-            "data-parallel ranks"
+            f"--num-distributed-optimizer-instances is {dp_replicas}; it must divide the {holders} "
+            "data-parallel and context-parallel ranks"
         )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if topology.world_size != world_size:
         raise ValueError(f"the topology has {topology.world_size} ranks, torch.distributed has {world_size}")
     if not dist.is_initialized():
         return single_process()
-    shape = (topology.pp, dp_replicas, topology.dp // dp_replicas, topology.cp, topology.tp)
+    shape = (topology.pp, dp_replicas, holders // dp_replicas, topology.tp)
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=MESH_AXES)
     rank = dist.get_rank()
-    handles = {axis: mesh.get_group(axis) for axis in ("pp", "cp", "tp")} | {"dp": _data_handle(topology, mesh)}
-    axes = {axis: _group(_ranks_of(topology, rank, axis), rank, handle) for axis, handle in handles.items()}
+    handles = {axis: mesh.get_group(axis) for axis in ("pp", "tp")} | _data_handles(topology, mesh)
+    axes = {axis: _group(_ranks_of(topology, rank, *axis.split("_")), rank, handles[axis]) for axis in handles}
     return ProcessGroups(
         topology=topology,
         place=topology.place(rank),
         mesh=mesh,
-        dp_cp=_plane(topology, rank, axes),
         world=_group(list(range(world_size)), rank, dist.group.WORLD),
         **axes,
     )
@@ -145,27 +155,31 @@ def _group(ranks: list[int], rank: int, handle: dist.ProcessGroup | None) -> Gro
     return Group(tuple(ranks), ranks.index(rank), len(ranks), handle if len(ranks) > 1 else None)
 
 
-def _data_handle(topology: Topology, mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The communicator of the whole data-parallel axis; one of its own is only made under hybrid sharding."""
+def _data_handles(topology: Topology, mesh: DeviceMesh) -> dict[str, dist.ProcessGroup | None]:
+    """Communicators in the dp x cp plane; where two groups are the same ranks, they share one."""
+    plane, cp = _plane_handle(topology, mesh), topology.cp
+    own = {"dp_cp": plane}
+    own["dp"] = plane if cp == 1 else _new_group(topology, "dp")
+    own["cp"] = plane if topology.dp == 1 else _new_group(topology, "cp")
+    own["ulysses"] = own["cp"] if topology.ulysses == cp else _new_group(topology, "ulysses")
+    own["ring"] = own["cp"] if topology.ulysses == 1 else _new_group(topology, "ring")
+    return own
+
+
+def _plane_handle(topology: Topology, mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The communicator of the dp x cp plane; one of its own is only made under hybrid sharding."""
     for whole, other in (("dp_shard", "dp_replicate"), ("dp_replicate", "dp_shard")):
         if mesh[other].size() == 1:
             return mesh.get_group(whole)
-    return _new_group(topology, "dp")
+    return _new_group(topology, "dp", "cp")
 
 
 def _new_group(topology: Topology, *axes: str) -> dist.ProcessGroup | None:
-    """A communicator along `axes`; every rank makes those of all ranks, in the same order."""
+    """A communicator along `axes`, None where nobody has anyone to talk to; all ranks make all, in the same order."""
     own: dist.ProcessGroup | None = None
+    if len(topology.groups(*axes)) == topology.world_size:
+        return None
     for ranks in topology.groups(*axes):
         handle = dist.new_group(ranks)
         own = handle if dist.get_rank() in ranks else own
     return own
-
-
-def _plane(topology: Topology, rank: int, axes: dict[str, Group]) -> Group:
-    """The dp x cp group; a communicator of its own is only made when both axes are longer than one."""
-    if topology.cp == 1:
-        return axes["dp"]
-    if topology.dp == 1:
-        return axes["cp"]
-    return _group(_ranks_of(topology, rank, "cp", "dp"), rank, _new_group(topology, "cp", "dp"))

@@ -2,7 +2,9 @@
 
 Ranks are numbered in Megatron's order: tensor parallel (tp) fastest, then context parallel (cp), data parallel (dp)
 and pipeline parallel (pp). Neighbouring ranks, which share the fastest links, so form the groups that talk most.
-Expert parallel (ep) ranks are not an axis of their own: they are consecutive ranks of the dp x cp plane.
+Expert parallel (ep) ranks are not an axis of their own: they are consecutive ranks of the dp x cp plane. Neither are
+those that share a sequence by heads ("ulysses"): they are consecutive ranks of cp, and "ring" goes from one such block
+to the next.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ _FLAGS = {
     "cp": "--context-parallel-size",
     "pp": "--pipeline-model-parallel-size",
     "ep": "--expert-model-parallel-size",
+    "ulysses": "--ds-sequence-parallel-size",
 }
 
 
@@ -39,6 +42,7 @@ class Topology:
         cp: ranks that share each sequence (context parallel).
         pp: groups of layers, each on its own ranks (pipeline parallel).
         ep: ranks that share each layer's experts; they are taken from dp x cp.
+        ulysses: ranks of cp that share each sequence by heads within attention; the others do so by keys and values.
 
     Raises:
         ValueError: if a size is below 1, or the sizes do not divide the number of ranks.
@@ -49,6 +53,7 @@ class Topology:
     cp: int = 1
     pp: int = 1
     ep: int = 1
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         if self.world_size < 1:
@@ -67,6 +72,8 @@ class Topology:
                 f"{_FLAGS['ep']} is {self.ep}; it must divide data parallel {self.dp} x context parallel {self.cp} "
                 f"= {self.dp * self.cp}"
             )
+        if self.cp % self.ulysses:
+            raise ValueError(f"{_FLAGS['ulysses']} is {self.ulysses}; it must divide cp {self.cp}")
 
     @property
     def dp(self) -> int:
@@ -101,7 +108,7 @@ class Topology:
         """All groups that span the given axes: ranks in one group differ only along these axes.
 
         Args:
-            axes: one or more of "tp", "cp", "dp", "pp"; or "ep" alone for the expert-parallel groups.
+            axes: one or more of "tp", "cp", "dp", "pp"; or "ep", "ulysses" or "ring" alone.
 
         Returns:
             Lists of ranks, each ascending, ordered by their first rank; together every rank exactly once.
@@ -113,9 +120,14 @@ class Topology:
             planes = self.groups("cp", "dp")
             blocks = [plane[at : at + self.ep] for plane in planes for at in range(0, len(plane), self.ep)]
             return sorted(blocks)
+        if axes == ("ulysses",):
+            lines = self.groups("cp")
+            return sorted(line[at : at + self.ulysses] for line in lines for at in range(0, self.cp, self.ulysses))
+        if axes == ("ring",):
+            return sorted(line[at :: self.ulysses] for line in self.groups("cp") for at in range(self.ulysses))
         unknown = set(axes) - set(AXES)
         if unknown or not axes:
-            raise ValueError(f"axes {axes} are not among {AXES}, nor ('ep',)")
+            raise ValueError(f"axes {axes} are not among {AXES}, nor ('ep',), ('ulysses',) or ('ring',)")
         fixed = [axis for axis in AXES if axis not in axes]
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.ops.block_rules import BlockRules
 from megatron.ops.registry import (
     OPERATIONS,
     ClipFunction,
@@ -16,6 +17,7 @@ from megatron.ops.registry import (
 
 __all__ = [
     "OPERATIONS",
+    "BlockRules",
     "ClipFunction",
     "Implementation",
     "Ops",

@@ -148,7 +148,7 @@ class _Rules:
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rules: _Rules) -> Tensor:
-        queries, keys, values = _to_rows(q, rules.repeat), _to_rows(k, 1), _to_rows(v, 1)
+        queries, keys, values = to_rows(q, rules.repeat), to_rows(k, 1), to_rows(v, 1)
         result = torch.empty_like(queries)
         keep_weights = q.shape[0] <= KEEP_WEIGHTS_UP_TO
         kept_weights, kept_masks = [], []
@@ -163,14 +163,14 @@ class _BlockedAttention(torch.autograd.Function):
             result[:, rules.rows(block)] = torch.bmm(weights, values[:, block.first_key : block.end])
         ctx.save_for_backward(queries, keys, values, *kept_weights, *kept_masks)
         ctx.rules, ctx.length, ctx.keep_weights, ctx.shapes = rules, q.shape[0], keep_weights, (q.shape, k.shape)
-        return _from_rows(result, q.shape, rules.repeat)
+        return from_rows(result, q.shape, rules.repeat)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         rules: _Rules = ctx.rules
         queries, keys, values, *kept = ctx.saved_tensors
-        grad_rows = _to_rows(grad, rules.repeat)
+        grad_rows = to_rows(grad, rules.repeat)
         grad_q = torch.empty_like(queries)
         # Every block adds to the keys and values it saw: in bfloat16 the sum would lose the small contributions.
         wide = torch.promote_types(keys.dtype, torch.float32)
@@ -191,9 +191,9 @@ class _BlockedAttention(torch.autograd.Function):
             grad_k[:, columns] += torch.bmm(grad_scores.transpose(1, 2), queries[:, rows]).mul_(rules.scale)
         q_shape, k_shape = ctx.shapes
         return (
-            _from_rows(grad_q, q_shape, rules.repeat),
-            _from_rows(grad_k.to(keys.dtype), k_shape, 1),
-            _from_rows(grad_v.to(values.dtype), k_shape, 1),
+            from_rows(grad_q, q_shape, rules.repeat),
+            from_rows(grad_k.to(keys.dtype), k_shape, 1),
+            from_rows(grad_v.to(values.dtype), k_shape, 1),
             None,
         )
 
@@ -202,13 +202,13 @@ def _drop(weights: Tensor, mask: Tensor, p: float) -> Tensor:
     return weights * mask * (1.0 / (1.0 - p))
 
 
-def _to_rows(x: Tensor, repeat: int) -> Tensor:
+def to_rows(x: Tensor, repeat: int) -> Tensor:
     """[s, b, g repeat, d] -> [b g, s repeat, d], contiguous: one matrix per key/value head."""
     s, b, heads, d = x.shape
     return x.reshape(s, b * heads // repeat, repeat, d).transpose(0, 1).reshape(-1, s * repeat, d).contiguous()
 
 
-def _from_rows(x: Tensor, shape: torch.Size, repeat: int) -> Tensor:
+def from_rows(x: Tensor, shape: torch.Size, repeat: int) -> Tensor:
     """The inverse of `_to_rows` for the full shape [s, b, heads, d], contiguous."""
     s, b, heads, d = shape
     return x.view(b * heads // repeat, s, repeat, d).transpose(0, 1).reshape(shape)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron.ops.block_rules import BlockRules
 from megatron.ops.float8 import Formats
 
 _EIGHT_BIT_STEP = 16
@@ -103,6 +104,39 @@ def attention(
         _require(document_ids.shape == (b, s), f"document_ids must be [{b}, {s}], not {_shape(document_ids)}")
     _require(window is None or window >= 1, f"window must be at least 1, not {window}")
     _probability("dropout_p", dropout_p)
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, rules: BlockRules) -> None:
+    """Q [s, b, n, d], k and v [t, b, g, d] of one type, g divides n; slopes [n], documents [b, s] and [b, t]."""
+    _floating(q=q)
+    _require(q.dtype == k.dtype == v.dtype, f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    _require(q.dim() == 4 and k.dim() == 4, f"q and k must have 4 dimensions: q {_shape(q)}, k {_shape(k)}")
+    _same_shape(k=k, v=v)
+    (s, b, n, d), (t, _, g, _) = q.shape, k.shape
+    _require(
+        k.shape == (t, b, g, d) and g > 0 and n % g == 0,
+        f"k and v must be [t, {b}, g, {d}] with g dividing {n}, not {_shape(k)}",
+    )
+    _require(rules.distance >= 0, f"distance must be at least 0, not {rules.distance}")
+    slopes, documents = rules.alibi_slopes, (rules.query_documents, rules.key_documents)
+    _require(slopes is None or slopes.shape == (n,), f"alibi_slopes must be [{n}], not {slopes}")
+    _require((documents[0] is None) == (documents[1] is None), "documents of queries and of keys go together")
+    for name, ids, length in zip(("query_documents", "key_documents"), documents, (s, t), strict=True):
+        if ids is not None:
+            _require(ids.shape == (b, length), f"{name} must be [{b}, {length}], not {_shape(ids)}")
+    _require(rules.window is None or rules.window >= 1, f"window must be at least 1, not {rules.window}")
+
+
+def attention_block_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, normalizers: Tensor, rules: BlockRules
+) -> None:
+    """As `attention_block`; grad and result like q, normalizers [b, n, s] in at least float32."""
+    attention_block(q, k, v, rules)
+    _same_shape(grad=grad, q=q, result=result)
+    s, b, n, _ = q.shape
+    _require(normalizers.shape == (b, n, s), f"normalizers must be [{b}, {n}, {s}], not {_shape(normalizers)}")
+    wide = normalizers.dtype in (torch.float32, torch.float64)
+    _require(wide, f"normalizers must be float32 or float64, not {normalizers.dtype}")
 
 
 def swiglu(gate: Tensor, up: Tensor) -> None:

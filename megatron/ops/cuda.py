@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import float8, portable, reference, scaled_mm
+from megatron.ops import attention_blocks, flash_blocks, float8, portable, reference, scaled_mm
 from megatron.ops.registry import Implementation, implements
 
 _LARGEST_FLASH_HEAD = 256
@@ -239,6 +239,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.sdpa_attention,
     flash_attention,
     flash_attention_3,
+    flash_blocks.attention_block,
+    attention_blocks.attention_block,
+    flash_blocks.attention_block_backward,
+    attention_blocks.attention_block_backward,
     portable.embedding,
     rms_norm,
     portable.rms_norm,

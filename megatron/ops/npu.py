@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import portable, reference
+from megatron.ops import attention_blocks, portable, reference
 from megatron.ops.registry import TOLERANCE, Implementation, implements
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -202,6 +202,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     fusion_attention,
     masked_softmax_attention,
     portable.sdpa_attention,
+    attention_blocks.attention_block,
+    attention_blocks.attention_block_backward,
     portable.embedding_float32_sums,
     rms_norm,
     portable.rms_norm,

@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import checks, float8
+from megatron.ops import block_reference, checks, float8
 
 CLIP_EPSILON = 1e-6
 """Added to the norm of gradients before dividing, as Megatron and torch.nn.utils.clip_grad_norm_ do."""
 
+
+attention_block = block_reference.attention_block
+attention_block_backward = block_reference.attention_block_backward
 
 
 def _wide(x: Tensor) -> Tensor:

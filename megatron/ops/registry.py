@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron import accelerators
 from megatron.accelerators import Accelerator
 from megatron.ops import checks, reference
+from megatron.ops.block_rules import BlockRules
 from megatron.ops.float8 import Formats, Product
 
 REFERENCE = "reference"
@@ -88,6 +89,10 @@ class Ops:
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
     attention: AttentionFunction
+    attention_block: Callable[[Tensor, Tensor, Tensor, BlockRules], tuple[Tensor, Tensor]]
+    attention_block_backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockRules], tuple[Tensor, Tensor, Tensor]
+    ]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor, Tensor], Tensor]
     bias_gelu: Callable[[Tensor, Tensor | None, Literal["none", "tanh"]], Tensor]

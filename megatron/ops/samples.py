@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron.ops import float8
+from megatron.ops.block_reference import attention_block
+from megatron.ops.block_rules import BlockRules
 
 _ADAMW_STEPS = 3
 
@@ -181,6 +183,38 @@ def _attention(source: _Source, s: int) -> tuple[Sample, ...]:
     return (*calls, Sample(label="grouped", args=grouped, kwargs={"scale": 0.125, "window": 40}, gradients=3))
 
 
+def _attention_block(source: _Source, s: int) -> tuple[Sample, ...]:
+    s = s if s > 256 else 150  # as above
+    q, k, v = source.normal(s, 2, 8, 64), source.normal(s, 2, 8, 64), source.normal(s, 2, 8, 64)
+    longer = (source.normal(s + 40, 2, 2, 64), source.normal(s + 40, 2, 2, 64))
+    documents = (torch.arange(s, device=source.device) // 60).expand(2, -1)
+    ids = {"query_documents": documents, "key_documents": documents}
+    slopes = 2.0 ** -torch.arange(1.0, 9.0, device=source.device)
+    calls: dict[str, tuple[tuple[Tensor, Tensor], dict[str, Any]]] = {
+        "": ((k, v), {"distance": 0}),
+        "all behind": ((k, v), {"distance": 4 * s}),
+        "some behind": (longer, {"distance": 30}),
+        "documents": ((k, v), {"distance": 0, **ids}),
+        "alibi": ((k, v), {"distance": s, "alibi_slopes": slopes}),
+        "window": (longer, {"distance": 60, "window": 40}),
+        "all": ((k, v), {"distance": 20, "alibi_slopes": slopes, "window": 70, **ids}),
+    }
+    return tuple(
+        Sample(label=label, args=(q, *keys, BlockRules(scale=0.125, **rules)), gradients=0)
+        for label, (keys, rules) in calls.items()
+    )
+
+
+def _attention_block_backward(source: _Source, s: int) -> tuple[Sample, ...]:
+    calls = []
+    for sample in _attention_block(source, s):
+        q, k, v, rules = sample.args
+        result, normalizers = attention_block(q, k, v, rules)
+        grad = source.normal(*q.shape)
+        calls.append(replace(sample, args=(grad, q, k, v, result, normalizers, rules)))
+    return tuple(calls)
+
+
 def _gated(source: _Source, s: int) -> tuple[Sample, ...]:
     return (Sample(label="", args=(source.normal(s, 2, 1376), source.normal(s, 2, 1376)), gradients=2),)
 
@@ -241,6 +275,8 @@ _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingPro
         "layer_norm": _layer_norm,
         "rotary": _rotary,
         "attention": _attention,
+        "attention_block": _attention_block,
+        "attention_block_backward": _attention_block_backward,
         "swiglu": _gated,
         "geglu": _gated,
         "bias_gelu": _bias_gelu,

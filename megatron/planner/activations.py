@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.mpu.ulysses import copies_of_kv_heads
 from megatron.ops.blocked_attention import BLOCK_ROWS, KEEP_WEIGHTS_UP_TO
 from megatron.planner.case import Case
 
@@ -134,6 +135,8 @@ def _attention_block(case: Case) -> list[Saved]:
     if arch.qk_norm:
         heads = arch.num_heads // t + case.kv_heads
         found += [Saved("query and key norm: input and statistics", query + key + rows * heads * _statistics(case))]
+    if case.recompute.granularity != "selective":
+        key *= copies_of_kv_heads(case.kv_heads, case.ulysses)
     found += [Saved("query", query), Saved("key and value", 2 * key), *_attention_extra(case)]
     found.append(Saved("attention result", query))
     if arch.hidden_dropout > 0.0:
@@ -147,6 +150,11 @@ def _attention_extra(case: Case) -> list[Saved]:
     heads, length, batch = arch.num_heads // case.tp, case.seq_length, case.micro_batch
     if case.recompute.granularity == "selective":
         return []
+    normalizers = Saved("attention: row normalizers", case.tokens * heads * 4)
+    by_heads = [Saved("attention result by heads", case.tokens * heads * arch.head_dim * case.itemsize)]
+    by_heads *= case.ulysses > 1
+    if case.cp > case.ulysses:
+        return [normalizers, *by_heads]
     pairs = batch * heads // case.cp * length * length
     if case.kernels.attention == "reference":
         # Everything is widened to float32, with a copy of key and value for every query head.
@@ -159,7 +167,7 @@ def _attention_extra(case: Case) -> list[Saved]:
         return [Saved("attention weights", kept + (pairs if arch.attention_dropout > 0.0 else 0))]
     if case.kernels.attention == "weights":
         return [Saved("attention weights", pairs * case.itemsize)]
-    found = [Saved("attention: row normalizers", case.tokens * heads * 4)]
+    found = [normalizers, *by_heads]
     if case.kernels.attention == "masked":
         copies = (heads if arch.position == "alibi" else 1) * (batch if case.documents else 1)
         found.append(Saved("attention mask", copies * length * length // case.cp * case.itemsize))

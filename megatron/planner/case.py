@@ -60,8 +60,6 @@ class Case:
     machine: Machine
     topology: Topology
     """Its context-parallel axis holds the ranks of both ways to split a sequence."""
-    ulysses: int = 1
-    """Of the ranks that share a sequence, how many share it by heads (all-to-all) instead of by a ring."""
     sequence_parallel: bool = False
     stages: StageLayout
     schedule: ScheduleName = "1f1b"
@@ -106,6 +104,11 @@ class Case:
     def cp(self) -> int:
         """Ranks that share a sequence."""
         return self.topology.cp
+
+    @property
+    def ulysses(self) -> int:
+        """Those of them that share it by heads."""
+        return self.topology.ulysses
 
     @property
     def dp(self) -> int:
@@ -162,7 +165,7 @@ def case_of(
         document: content of --deepspeed_config.
     """
     arch = architecture(settings, vocab_size)
-    pp, ulysses = settings["pipeline_model_parallel_size"], settings["ds_sequence_parallel_size"]
+    pp, ulysses = settings["pipeline_model_parallel_size"], settings["ulysses_parallel_size"]
     schedule: ScheduleName = settings["pipeline_schedule"]
     deepspeed = settings["deepspeed"]
     return Case(
@@ -171,10 +174,10 @@ def case_of(
         topology=Topology(
             settings["world_size"],
             tp=settings["tensor_model_parallel_size"],
-            cp=settings["context_parallel_size"] * ulysses,
+            cp=settings["ring_parallel_size"] * ulysses,
             pp=pp,
+            ulysses=ulysses,
         ),
-        ulysses=ulysses,
         sequence_parallel=settings["sequence_parallel"],
         stages=StageLayout(pp, settings["pipeline_stage_layers"], "vee" if schedule == "zbv" else "loop"),
         schedule=schedule,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.mpu.ulysses import copies_of_kv_heads
 from megatron.planner import activations
 from megatron.planner.case import Case
 from megatron.planner.machines import LINK_EFFICIENCY
@@ -184,30 +185,43 @@ def _context(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
     """Sequences split over ranks: heads change owners (Ulysses), keys and values go round (ring)."""
     stages = case.stages.stages_of(pipeline_rank)
     layers = sum(case.stages.layers[stage] for stage in stages)
-    again = layers if case.recompute.granularity != "none" else 0
-    key = case.tokens * case.kv_heads * case.arch.head_dim * case.itemsize
-    query = case.tokens * case.arch.num_heads // case.tp * case.arch.head_dim * case.itemsize
+    again = _attention_again(case, stages)
+    query, key = context_payloads(case)
     ring = case.cp // case.ulysses
-    turns = (2 * layers + again) * case.microbatches
+    # Recomputation of attention alone stops before its results are exchanged.
+    results = 2 * layers + (again if case.recompute.granularity == "full" else 0)
+    calls: list[tuple[Operation, str, int, int, int]] = [
+        ("all-to-all", "queries, keys and values", query + 2 * key, 2 * layers + again, case.ulysses),
+        ("all-to-all", "results of attention", query, results, case.ulysses),
+        ("send", "keys and values", 2 * key, (ring - 1) * (2 * layers + again), ring),
+        ("send", "gradients of keys and values", 2 * key // case.itemsize * 4, ring * layers, ring),
+    ]
     return [
         Traffic(
             axis="context",
-            operation="all-to-all",
-            what="queries, keys, values and results",
-            payload=2 * query + 2 * key,
-            calls=turns,
-            ranks=case.ulysses,
-        ),
-        # Backward, the gradients of keys and values go round with them.
-        Traffic(
-            axis="context",
-            operation="send",
-            what="keys and values",
-            payload=2 * key,
-            calls=(ring - 1) * (turns + layers * case.microbatches),
-            ranks=ring,
-        ),
+            operation=operation,
+            what=what,
+            payload=payload,
+            calls=number * case.microbatches,
+            ranks=ranks,
+        )
+        for operation, what, payload, number, ranks in calls
     ]
+
+
+def context_payloads(case: Case) -> tuple[int, int]:
+    """Queries, and keys, of one rank as they are exchanged: with the copies of heads that several ranks need."""
+    copies = copies_of_kv_heads(case.kv_heads, case.ulysses)
+    width = case.tokens * case.arch.head_dim * case.itemsize
+    return width * (case.arch.num_heads // case.tp), width * case.kv_heads * copies
+
+
+def _attention_again(case: Case, stages: Sequence[int]) -> int:
+    """Layers whose attention is computed again in the backward pass."""
+    plan, layers = case.recompute, [case.stages.layers[stage] for stage in stages]
+    if plan.granularity == "none":
+        return 0
+    return sum(min(plan.num_layers, number) if plan.method == "block" else number for number in layers)
 
 
 def data_traffic(case: Case, units: Sequence[Unit]) -> list[Traffic]:

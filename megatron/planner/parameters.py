@@ -78,17 +78,26 @@ def rank_groups(topology: Topology, rank: int) -> ProcessGroups:
         return Group(ranks=ranks, rank=ranks.index(rank), size=len(ranks), handle=None)
 
     everyone = tuple(range(topology.world_size))
+    cp, block = along("cp"), topology.ulysses
     return ProcessGroups(
         topology=topology,
         place=place,
         mesh=None,
         tp=along("tp"),
         dp=along("dp"),
-        cp=along("cp"),
+        cp=cp,
         pp=along("pp"),
+        ulysses=_among(cp, slice(cp.rank // block * block, (cp.rank // block + 1) * block)),
+        ring=_among(cp, slice(cp.rank % block, None, block)),
         dp_cp=along("cp", "dp"),
         world=Group(ranks=everyone, rank=rank, size=len(everyone), handle=None),
     )
+
+
+def _among(group: Group, members: slice) -> Group:
+    """Those members of a group, of which this rank is one, as a group."""
+    ranks = group.ranks[members]
+    return Group(ranks=ranks, rank=ranks.index(group.ranks[group.rank]), size=len(ranks), handle=None)
 
 
 def _moved(place: Place, axis: str, at: int) -> Place:
@@ -107,11 +116,10 @@ def _stage(arch: Architecture, tp: int, stages: StageLayout, stage: int) -> tupl
 
 
 def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, stage: int) -> GPT:
-    alone = Group(ranks=(groups.world.rank,), rank=0, size=1, handle=None)
     return GPT(
         _with_own_heads(arch, groups.tp.size),
         ops=reference_ops(),
-        groups=replace(groups, cp=alone),  # splitting sequences changes no parameter
+        groups=groups,
         layers=stages.layers_of(stage),
         first=stage == 0,
         last=stage == stages.last,

@@ -86,34 +86,6 @@ def possible_case(
 ) -> tuple[Case, Resolved] | Refused:
     """The case that a request describes, unless it breaks a rule."""
     resolved = resolve(request, changes)
-    reasons = list(resolved.impossible)
-    if not reasons:
-        reasons = list(_layout_problems(resolved.settings))
-    if reasons:
-        return Refused(tuple(reasons))
+    if resolved.impossible:
+        return Refused(resolved.impossible)
     return case_of(resolved.settings, request.vocab_size, machine, request.document), resolved
-
-
-def _layout_problems(settings: Mapping[str, Any]) -> list[str]:
-    """What the trainer's rules do not cover because it refuses the feature as a whole."""
-    ranks = settings["pipeline_model_parallel_size"]
-    problems = []
-    ulysses = settings["ds_sequence_parallel_size"]
-    sequence = settings["context_parallel_size"] * ulysses
-    if settings["seq_length"] % (2 * sequence if sequence > 1 else 1):
-        problems.append(
-            f"--seq-length {settings['seq_length']}: must be a multiple of twice the {sequence} ranks that share a "
-            "sequence (--context-parallel-size, --ds-sequence-parallel-size)"
-        )
-    heads = settings["num_attention_heads"] // settings["tensor_model_parallel_size"]
-    if heads % ulysses:
-        problems.append(f"--ds-sequence-parallel-size {ulysses}: must divide the {heads} attention heads of a rank")
-    per_replica = settings["world_size"] // (
-        settings["tensor_model_parallel_size"] * ranks * settings["context_parallel_size"]
-    )
-    if per_replica % ulysses:
-        problems.append(
-            f"--ds-sequence-parallel-size {ulysses}: must divide the {per_replica} ranks that are left to it and to "
-            "data parallelism"
-        )
-    return problems

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from megatron.planner import compute
 from megatron.planner.case import Case
-from megatron.planner.communication import Operation, data_traffic, hidden_payload, link, seconds
+from megatron.planner.communication import (
+    Operation,
+    context_payloads,
+    data_traffic,
+    hidden_payload,
+    link,
+    seconds,
+)
 from megatron.planner.compute import Product, Seconds, moved, product_seconds
 from megatron.planner.parameters import units_of
 from megatron.planner.stages import idle_passes
@@ -230,16 +237,16 @@ def _context(case: Case) -> tuple[float, float]:
     """Communication of a split sequence in one layer that attention does not hide: forward and backward."""
     if case.cp == 1:
         return 0.0, 0.0
-    key = case.tokens * case.kv_heads * case.arch.head_dim * case.itemsize
-    query = case.tokens * case.arch.num_heads // case.tp * case.arch.head_dim * case.itemsize
+    query, key = context_payloads(case)
     bandwidth, latency = link(case, "context")
     ring = case.cp // case.ulysses
     heads = 0.0
     if case.ulysses > 1:
-        heads = 4 * latency + 2 * (query + key) * (case.ulysses - 1) / case.ulysses / bandwidth
+        heads = 2 * latency + 2 * (query + key) * (case.ulysses - 1) / case.ulysses / bandwidth
     around = (ring - 1) * (latency + 2 * key / bandwidth)
+    gradients = ring * (latency + 8 * key / case.itemsize / bandwidth) if ring > 1 else 0.0  # in float32
     forward, backward = compute.attention_seconds(case)
-    return heads + max(0.0, around - forward), heads + max(0.0, 2 * around - backward)
+    return heads + max(0.0, around - forward), heads + max(0.0, around + gradients - backward)
 
 
 def _transfers(case: Case) -> float:

@@ -42,6 +42,7 @@ def build_data(
         pin_memory=session.accelerator.capabilities.pinned_memory,
         report=report,
         fim=fim(config, tokenizer) if config.data.fim_data else None,
+        part=groups.sequence_part,
     )
 
 
@@ -107,11 +108,13 @@ def fim(config: RunConfig, tokenizer: Tokenizer) -> Fim:
 def instruction_rules(config: RunConfig, pad: int) -> InstructionRules:
     """What the flags say about instruction data."""
     parallel = config.parallel
-    split = parallel.pipeline_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    shared = parallel.context_parallel_size * parallel.ds_sequence_parallel_size
+    split = parallel.pipeline_model_parallel_size > 1 or shared > 1
     if config.data.variable_seq_lengths and split:
         raise DataError(
-            "--variable-seq-lengths needs --pipeline-model-parallel-size 1 and --context-parallel-size 1: stages and "
-            "parts of a sequence agree on its length beforehand. Leave it out; --neat-pack leaves little padding."
+            "--variable-seq-lengths needs --pipeline-model-parallel-size 1, --context-parallel-size 1 and "
+            "--ds-sequence-parallel-size 1: stages and parts of a sequence agree on its length beforehand. Leave it "
+            "out; --neat-pack leaves little padding."
         )
     multiple = math.lcm(8, parallel.tensor_model_parallel_size)
     return InstructionRules(

@@ -40,20 +40,20 @@ class ModelParallelUnit:
         self._mesh = groups.mesh
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same part of the model."""
-        return self._groups.dp.handle or self._mesh.get_group("dp_shard")
+        """The ranks that hold the same part of the model; to DeepSpeed, context-parallel ranks are among them."""
+        return self._groups.dp_cp.handle or self._mesh.get_group("dp_shard")
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of that group."""
-        return list(self._groups.dp.ranks)
+        return list(self._groups.dp_cp.ranks)
 
     def get_data_parallel_rank(self) -> int:
         """Rank in that group."""
-        return self._groups.dp.rank
+        return self._groups.dp_cp.rank
 
     def get_data_parallel_world_size(self) -> int:
         """Size of that group."""
-        return self._groups.dp.size
+        return self._groups.dp_cp.size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """The ranks that share one copy of the model."""
@@ -117,7 +117,8 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=dict(config),
+            # Of ranks that share a sample, DeepSpeed thinks that each has its own.
+            config={**config, "train_batch_size": config["train_batch_size"] * groups.cp.size},
             mpu=mpu,
             dist_init_required=False,
         )
@@ -137,8 +138,8 @@ class DeepSpeedEngine:
         norm: float | None = None
         for batch in microbatches:
             loss = self._micro_step(batch.to(self._device))
-            # DeepSpeed averages over data-parallel ranks; the sum is wanted.
-            self.engine.backward(loss * (self._groups.dp.size / tokens), scale_wrt_gas=False)
+            # DeepSpeed averages over the ranks with the same weights; the sum is wanted.
+            self.engine.backward(loss * (self._groups.dp_cp.size / tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._plain_norm()
@@ -200,7 +201,7 @@ class DeepSpeedEngine:
         if number == self.engine.gradient_accumulation_steps():
             return
         micro_batch_size = self.engine.train_micro_batch_size_per_gpu()
-        self.engine.set_train_batch_size(micro_batch_size * number * self._groups.dp.size)
+        self.engine.set_train_batch_size(micro_batch_size * number * self._groups.dp_cp.size)
 
     def _loss_scale(self) -> float:
         return float(getattr(self.optimizer, "cur_scale", getattr(self.optimizer, "loss_scale", 1.0)))

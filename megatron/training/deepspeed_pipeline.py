@@ -109,8 +109,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self._set_microbatches(len(microbatches))
         scale = self._loss_scale()
         tokens = count_tokens(microbatches, self._groups, self._device)
-        # DeepSpeed averages over micro-batches and data-parallel ranks; the sum is wanted.
-        self._loss.weight = len(microbatches) * self._groups.dp.size / tokens
+        # DeepSpeed averages over micro-batches and the ranks with the same weights; the sum is wanted.
+        self._loss.weight = len(microbatches) * self._groups.dp_cp.size / tokens
         self.engine.train_batch(self._queue(microbatches))
         self._accelerator.end_of_micro_step()
         return StepResult(
@@ -154,7 +154,9 @@ def _pipeline_module(stage: _Stage, loss: _Loss, groups: ProcessGroups) -> Any:
     layers = [stage if number == groups.pp.rank else LayerSpec(_Stage) for number in range(topology.pp)]
     return PipelineModule(
         layers,
-        topology=PipeModelDataParallelTopology(num_pp=topology.pp, num_mp=topology.tp, num_dp=topology.dp),
+        topology=PipeModelDataParallelTopology(
+            num_pp=topology.pp, num_mp=topology.tp, num_dp=topology.dp * topology.cp
+        ),
         loss_fn=loss,
         partition_method="uniform",
     )

@@ -54,8 +54,9 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     topology = Topology(
         parallel.world_size,
         tp=parallel.tensor_model_parallel_size,
-        cp=parallel.context_parallel_size,
+        cp=parallel.ring_parallel_size * parallel.ulysses_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
+        ulysses=parallel.ulysses_parallel_size,
     )
     groups = build_groups(topology, accelerator.torch_device_type, dp_replicas=_replicas(config, topology))
     printers = Printers.of(dist.get_rank(), dist.get_world_size())
@@ -94,19 +95,19 @@ def join(backend: str, env: Mapping[str, str], timeout: timedelta) -> None:
 
 
 def _replicas(config: RunConfig, topology: Topology) -> int:
-    """Copies of the data-parallel training state: all ranks at stage 0, else what hybrid sharding asks for."""
+    """Copies of the training state: all ranks with the same weights at stage 0, else what hybrid sharding asks for."""
     if config.deepspeed.deepspeed:
         return 1
     if config.parallel.zero_stage_native == 0:
-        return topology.dp
+        return topology.dp * topology.cp
     return config.parallel.num_distributed_optimizer_instances
 
 
-def _attention(accelerator: Accelerator, kind: str) -> str:
+def _attention(accelerator: Accelerator, op: str, kind: str) -> str:
     """What `--attention-backend` means on this device: flash-attn where it has that, else the best it has."""
     if kind in ("unfused", "local"):
         return "reference"
-    known = [candidate.name for candidate in implementations(accelerator, "attention")]
+    known = [candidate.name for candidate in implementations(accelerator, op)]
     return "flash_attn" if kind == "flash" and "flash_attn" in known else known[0]
 
 
@@ -122,6 +123,8 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
     """
     settings = config.device
     asked: dict[str, str] = {}
+    ring = config.parallel.ring_parallel_size > 1
+    attention = ("attention_block", "attention_block_backward") if ring else ("attention",)
 
     def ask(op: str, name: str, flag: str) -> None:
         if asked.setdefault(op, name) != name:
@@ -131,12 +134,18 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
         op, _, name = item.partition("=")
         if not name:
             raise UnavailableOpError(f"--op {item}: must be operation=implementation, such as attention=reference")
+        if ring and op == "attention":
+            raise UnavailableOpError(
+                f"--op {item}: --context-parallel-size {config.parallel.ring_parallel_size} computes attention in "
+                f"pieces; leave it out or choose among --op {', '.join(attention)}"
+            )
         ask(op, name, f"--op {item}")
     kind = settings.attention_backend
-    if kind != "auto":
-        ask("attention", _attention(accelerator, kind), f"--attention-backend {kind}")
-    if not settings.masked_softmax_fusion:
-        ask("attention", "reference", "--no-masked-softmax-fusion")
+    for op in attention:
+        if kind != "auto":
+            ask(op, _attention(accelerator, op, kind), f"--attention-backend {kind}")
+        if not settings.masked_softmax_fusion:
+            ask(op, "reference", "--no-masked-softmax-fusion")
     if not settings.bias_gelu_fusion:
         ask("bias_gelu", "reference", "--no-bias-gelu-fusion")
     if not settings.bias_dropout_fusion:

@@ -29,6 +29,7 @@ def test_it_is_read_back():
     assert settings == kept
     computed = {"world_size", "data_parallel_size", "local_rank", "params_dtype", "zero_stage_native"}
     computed |= {"pipeline_stage_layers", "virtual_pipeline_model_parallel_size"}
+    computed |= {"ring_parallel_size", "ulysses_parallel_size"}
     assert {name for name, value in run.values().items() if value is not None} - settings.keys() == computed
 
 

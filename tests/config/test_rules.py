@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 
-from megatron.config import model_rules, pipeline_rules, rules, run_rules
+from megatron.config import model_rules, pipeline_rules, rules, run_rules, sequence_rules
 from megatron.config.parser import ConfigError, defaults
 from tests.config.commands import config
 
-M, P, R = model_rules, pipeline_rules, run_rules
+M, P, R, S = model_rules, pipeline_rules, run_rules, sequence_rules
 HALF = ("--fp16",)
 # rule, further flags, flags of the small run that are left out, words of the message
 TABLE = [
@@ -77,10 +77,52 @@ TABLE = [
         "--ffn-hidden-size 101: --tensor-model-parallel-size 2",
     ),
     (
-        M.sequence_splits,
+        M.world_is_a_multiple_of_the_model,
+        "--context-parallel-size 4 --ds-sequence-parallel-size 2",
+        "",
+        "world size 4: multiple of 8 --context-parallel-size 4 --ds-sequence-parallel-size 2",
+    ),
+    (
+        S.sequence_is_shared_evenly,
         "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31",
         "",
         "--seq-length 31: --tensor-model-parallel-size 2 with --sequence-parallel",
+    ),
+    (
+        S.sequence_is_shared_evenly,
+        "--context-parallel-size 2 --ds-sequence-parallel-size 2 --seq-length 28",
+        "",
+        "--seq-length 28: multiple of 8 = 2 x --context-parallel-size 2 x --ds-sequence-parallel-size 2",
+    ),
+    (
+        S.sequence_is_shared_evenly,
+        "--context-parallel-size 2 --cp-comm-type a2a --seq-length 31",
+        "",
+        "--seq-length 31: multiple of 2 = --ds-sequence-parallel-size 2",
+    ),
+    (
+        S.sequence_is_shared_evenly,
+        "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel --seq-length 30",
+        "",
+        "--seq-length 30: multiple of 4 = 2 x --context-parallel-size 2",
+    ),
+    (
+        S.heads_are_shared_evenly,
+        "--tensor-model-parallel-size 2 --ds-sequence-parallel-size 4",
+        "",
+        "--ds-sequence-parallel-size 4: must divide --num-attention-heads",
+    ),
+    (
+        S.heads_are_shared_by_one_flag,
+        "--context-parallel-size 2 --cp-comm-type a2a --ds-sequence-parallel-size 2",
+        "",
+        "--cp-comm-type a2a: not with --ds-sequence-parallel-size 2",
+    ),
+    (
+        S.ring_drops_no_attention,
+        "--context-parallel-size 2 --attention-dropout 0.1",
+        "",
+        "--attention-dropout 0.1: must be 0 with --context-parallel-size 2",
     ),
     (
         M.padded_vocabulary_splits,
@@ -341,7 +383,7 @@ def test_every_rule_is_in_the_table():
 
 
 def test_rules_of_a_module_are_all_run():
-    for module in (model_rules, pipeline_rules, run_rules):
+    for module in (model_rules, pipeline_rules, run_rules, sequence_rules):
         public = {
             value
             for name, value in vars(module).items()
@@ -357,12 +399,6 @@ def test_rules_name_settings():
 
 
 NOT_YET_FLAGS = {
-    "context_parallel_size": "--context-parallel-size 2",
-    "ds_sequence_parallel_size": "--ds-sequence-parallel-size 2",
-    "force_ds_sequence_parallel": "--force-ds-sequence-parallel",
-    "ds_sequence_parallel_fpdt": "--ds-sequence-parallel-fpdt",
-    "ds_sequence_parallel_fpdt_chunk_size": "--ds-sequence-parallel-fpdt-chunk-size 16",
-    "ds_sequence_parallel_fpdt_offloading": "--ds-sequence-parallel-fpdt-offloading",
     "num_experts": "--num-experts 8",
     "mlp_type": "--mlp-type residual",
     "moe_expert_parallel_size": "--moe-expert-parallel-size 2",

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.batch import MaskRules, document_numbers, make_batch, mix_seed, positions_within_documents
+from megatron.data.batch import (
+    MaskRules,
+    document_numbers,
+    make_batch,
+    mix_seed,
+    own_tokens,
+    positions_within_documents,
+)
+from megatron.mpu.context import SequencePart
 from tests.data.corpora import EOD, GOLDEN
 
 
@@ -60,6 +68,27 @@ def test_tokens_labels_and_padding():
     assert (batch.tokens.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
     assert batch.dropout_seed == 11
     assert batch.to(torch.device("cpu")).tokens.tolist() == batch.tokens.tolist()
+
+
+def test_a_part_has_its_tokens_and_knows_where_they_are():
+    samples = np.arange(18).reshape(2, 9)
+    part = SequencePart(ring=2, turn=0)
+    whole = make_batch(samples, np.array([True, False]), MaskRules(eod=100), 11)
+    assert own_tokens(whole, SequencePart()) is whole
+    batch = own_tokens(whole, part)
+    assert batch.tokens.tolist() == [[0, 1, 6, 7], [9, 10, 15, 16]]
+    assert batch.labels.tolist() == [[1, 2, 7, 8], [10, 11, 16, 17]]
+    assert batch.loss_mask.tolist() == [[1.0] * 4, [0.0] * 4]
+    assert batch.position_ids.tolist() == [[0, 1, 6, 7]]
+    assert batch.dropout_seed == 11
+
+
+def test_a_part_has_its_positions_within_documents_and_all_documents():
+    whole = make_batch(np.array([[5, EOD, 5, 5, 5, 5, EOD, 5, 5]]), np.array([True]), everything(), 0)
+    batch = own_tokens(whole, SequencePart(ring=2, turn=1))
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3]]
+    assert batch.document_ids.tolist() == whole.document_ids.tolist() == [[0, 0, 1, 1, 1, 1, 1, 2]]
+    assert own_tokens(whole, SequencePart(ulysses=2, share=1)).position_ids.tolist() == [[2, 3, 4, 0]]
 
 
 def test_dropout_seeds_are_distinct_and_fit_a_generator():

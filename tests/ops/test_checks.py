@@ -1,6 +1,7 @@
 """Wrong arguments are refused before any kernel sees them, by the reference and by every implementation."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 
 from megatron import accelerators
 from megatron.accelerators.base import FLOAT8
-from megatron.ops import OPERATIONS, float8, implementations, reference
+from megatron.ops import OPERATIONS, BlockRules, float8, implementations, reference
 
 _X = torch.zeros(4, 2, 6)
 _Q = torch.zeros(4, 2, 6, 8)
+_RULES = BlockRules(scale=1.0, distance=0)
 _HYBRID = float8.formats("hybrid", FLOAT8, weight_gradient=True)
 
 
@@ -38,6 +40,28 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("attention", *_attention(document_ids=torch.zeros(4, 2)), r"document_ids must be \[2, 4\]"),
     ("attention", *_attention(window=0), "window must be at least 1"),
     ("attention", *_attention(dropout_p=1.0), "dropout_p must be"),
+    ("attention_block", (_Q, _Q[:3, :, :4], _Q[:3, :, :4], _RULES), {}, "g dividing 6"),
+    ("attention_block", (_Q, _Q[:3], _Q, _RULES), {}, "shapes must agree"),
+    ("attention_block", (_Q, _X, _X, _RULES), {}, "4 dimensions"),
+    ("attention_block", (_Q, _Q.double(), _Q, _RULES), {}, "one dtype"),
+    ("attention_block", (_Q, _Q, _Q, replace(_RULES, distance=-1)), {}, "distance must be at least 0"),
+    ("attention_block", (_Q, _Q, _Q, replace(_RULES, window=0)), {}, "window must be at least 1"),
+    ("attention_block", (_Q, _Q, _Q, replace(_RULES, alibi_slopes=torch.zeros(3))), {}, r"alibi_slopes must be \[6\]"),
+    ("attention_block", (_Q, _Q, _Q, replace(_RULES, key_documents=torch.zeros(2, 4))), {}, "go together"),
+    (
+        "attention_block",
+        (_Q, _Q, _Q, replace(_RULES, query_documents=torch.zeros(2, 3), key_documents=torch.zeros(2, 4))),
+        {},
+        r"query_documents must be \[2, 4\]",
+    ),
+    ("attention_block_backward", (_Q[:3], _Q, _Q, _Q, _Q, torch.zeros(2, 6, 4), _RULES), {}, "shapes must agree"),
+    ("attention_block_backward", (_Q, _Q, _Q, _Q, _Q, torch.zeros(2, 4, 6), _RULES), {}, "normalizers must be"),
+    (
+        "attention_block_backward",
+        (_Q, _Q, _Q, _Q, _Q, torch.zeros(2, 6, 4, dtype=torch.bfloat16), _RULES),
+        {},
+        "float32 or float64",
+    ),
     ("swiglu", (_X, _X[..., :5]), {}, "shapes must agree"),
     ("geglu", (_X, _X.int()), {}, "up must be floating"),
     ("bias_gelu", (_X, torch.zeros(5), "tanh"), {}, "bias must be"),

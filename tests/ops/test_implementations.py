@@ -40,7 +40,10 @@ def test_results_have_the_shape_and_dtype_of_the_reference(
 
 CPU_CANDIDATES = [
     pytest.param(candidate, id=f"{op}-{candidate.name}")
-    for op in ("rms_norm", "layer_norm", "rotary", "attention", "swiglu", "geglu", "bias_gelu", "cross_entropy")
+    for op in (
+        *("rms_norm", "layer_norm", "rotary", "attention", "attention_block", "attention_block_backward"),
+        *("swiglu", "geglu", "bias_gelu", "cross_entropy"),
+    )
     for candidate in implementations(accelerators.load("cpu"), op)[:-1]
 ]
 

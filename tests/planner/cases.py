@@ -39,18 +39,27 @@ GPT2 = LLAMA | {
 }
 
 
-def case(arch: dict[str, Any] | None = None, *, world: int = 1, tp: int = 1, pp: int = 1, **changes: Any) -> Case:
+def case(
+    arch: dict[str, Any] | None = None,
+    *,
+    world: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ulysses: int = 1,
+    **changes: Any,
+) -> Case:
     """A case of a small model; `changes` are fields of `Case`."""
     model = Architecture(**{**LLAMA, **(arch or {})})
     recompute = changes.pop("recompute", RecomputePlan())
     attention = changes.pop("attention", "fused")
-    values: dict[str, Any] = {"seq_length": 128, "micro_batch": 2, "global_batch": 2 * world // (tp * pp)}
+    values: dict[str, Any] = {"seq_length": 128, "micro_batch": 2, "global_batch": 2 * world // (tp * pp * cp)}
     values |= {"sequence_parallel": False, "kernels": Kernels(attention, dropout_mask=2)} | changes
     layers = tuple(model.num_layers // pp + (at < model.num_layers % pp) for at in range(pp))
     return Case(
         arch=model,
         machine=MACHINES["h100"],
-        topology=Topology(world, tp=tp, pp=pp),
+        topology=Topology(world, tp=tp, pp=pp, cp=cp, ulysses=ulysses),
         stages=StageLayout(pp, layers),
         recompute=recompute,
         **values,

@@ -41,7 +41,7 @@ def _kept(plan) -> int:
         loss = functools.partial(
             vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
         )
-        tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length))
+        tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length // plan.cp))
         with measured() as memory:
             losses = loss(model(tokens, ModelInputs(dropout_seed=1)), tokens.transpose(0, 1))
             mark("after the forward pass")
@@ -83,6 +83,11 @@ CASES = {
     "geglu": {"arch": {"activation": "geglu"}},
     "multi-head": {"arch": {"num_kv_heads": 8}},
     "copies of kv heads": {"arch": {"num_kv_heads": 2}, "world": 4, "tp": 4},
+    "ring": {"world": 2, "cp": 2},
+    "ring, selective": {"world": 2, "cp": 2, "recompute": RecomputePlan(granularity="selective")},
+    "Ulysses": {"arch": {"num_kv_heads": 2}, "world": 4, "cp": 4, "ulysses": 4},
+    "Ulysses, blocked attention": {"world": 2, "cp": 2, "ulysses": 2, "attention": "blocked"},
+    "ring of Ulysses": {"world": 4, "cp": 4, "ulysses": 2},
 }
 
 

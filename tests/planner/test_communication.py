@@ -37,6 +37,11 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_collectives_of_the_model(name):
     plan = case(world=4, tp=4, global_batch=2, **MODELS[name])
+    assert _counted(plan, "tensor") + _counted(plan, "heads") == _collectives_of_the_model(plan)
+
+
+def _collectives_of_the_model(plan) -> Counter:
+    """Those of one micro-batch, forward and backward."""
     ops, _ = build_table(load("cpu"), {"attention": "sdpa"})
     with fake_world(4):
         groups = build_groups(plan.topology, "cpu")
@@ -53,10 +58,28 @@ def test_collectives_of_the_model(name):
         loss = functools.partial(
             vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
         )
-        tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length))
+        tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length // plan.cp))
         with Collectives() as found:
             loss(model(tokens, ModelInputs(dropout_seed=1)), tokens.transpose(0, 1)).sum().backward()
-    assert _counted(plan, "tensor") == found.calls
+    return found.calls
+
+
+SEQUENCES = {
+    "ring": {"cp": 4},
+    "ring, recomputed": {"cp": 4, "recompute": FULL},
+    "ring, attention recomputed": {"cp": 4, "recompute": RecomputePlan(granularity="selective")},
+    "Ulysses": {"cp": 4, "ulysses": 4},
+    "Ulysses, copies of kv heads": {"cp": 4, "ulysses": 4, "arch": {"num_kv_heads": 2}},
+    "Ulysses, recomputed": {"cp": 4, "ulysses": 4, "recompute": FULL},
+    "Ulysses, attention recomputed": {"cp": 4, "ulysses": 4, "recompute": RecomputePlan(granularity="selective")},
+    "ring of Ulysses": {"cp": 4, "ulysses": 2},
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_collectives_of_shared_sequences(name):
+    plan = case(world=4, global_batch=2, **SEQUENCES[name])
+    assert _counted(plan, "context") == _collectives_of_the_model(plan)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -89,7 +89,7 @@ def test_sometimes_nothing_fits():
         ("--preset llama2-7b --tensor-model-parallel-size 16", 8, "world size 8"),
         ("--preset llama2-7b --pipeline-model-parallel-size 64", 64, "--num-layers 32: must be a multiple"),
         ("--preset llama2-7b --context-parallel-size 2 --seq-length 4095", 8, "--seq-length 4095"),
-        ("--preset llama2-7b --ds-sequence-parallel-size 64", 64, "--ds-sequence-parallel-size 64: must divide the 32"),
+        ("--preset llama2-7b --ds-sequence-parallel-size 64", 64, "--ds-sequence-parallel-size 64: must divide 32"),
     ],
 )
 def test_impossible_layouts_are_refused_with_the_reason(flags, world, words):

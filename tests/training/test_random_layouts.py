@@ -16,6 +16,8 @@ DRAWS = 12
 RANKS = (2, 4)
 PARTS = (
     ("--tensor-model-parallel-size", (1, 1, 2, 4)),
+    ("--context-parallel-size", (1, 1, 1, 2)),
+    ("--ds-sequence-parallel-size", (1, 1, 1, 2)),
     ("--decoder-first-pipeline-num-layers", (None, None, None, 1)),
     ("--decoder-last-pipeline-num-layers", (None, None, None, 1)),
     ("--recompute-granularity", (None, None, "selective", "full")),
