@@ -11,9 +11,10 @@ import argparse
 import functools
 import math
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,7 +169,18 @@ def train(argv: Sequence[str]) -> None:
     run(parse(argv, os.environ, read_record=read_settings))
 
 
-def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout: float = 300.0) -> Curve:
+Start = Callable[[int, Callable[[Sequence[str]], None], Sequence[str], float], object]
+"""Calls a function with an argument on a number of ranks, within a number of seconds."""
+
+
+def on_cpu(ranks: int, function: Callable[[Sequence[str]], None], argv: Sequence[str], timeout: float) -> object:
+    """Start processes on this machine; a `Start`."""
+    return run_ranks(ranks, function, argv, init=False, timeout=timeout)
+
+
+def curve(
+    layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout: float = 300.0, start: Start = on_cpu
+) -> Curve:
     """Train in a layout; flags given later win."""
     from megatron.training.metrics import read_metrics
 
@@ -176,7 +188,7 @@ def curve(layout: Layout, flags: Sequence[str] = (), steps: int = STEPS, timeout
         metrics = Path(folder) / "metrics.jsonl"
         argv = [*layout.model, *TRAINING, "--mock-data", "--train-iters", str(STEPS), "--exit-interval", str(steps)]
         argv += ["--log-json", str(metrics), *layout.flags, *flags]
-        run_ranks(layout.ranks, train, argv, init=False, timeout=timeout)
+        start(layout.ranks, train, argv, timeout)
         records = [record for record in read_metrics(metrics) if record["kind"] == "train"]
     if not records or records[-1]["iteration"] != steps:
         raise AssertionError(f"{layout.name}: the run did not reach step {steps}")
@@ -228,12 +240,20 @@ one-process native run; the tests demand at most {FLOAT32_TOLERANCE:.0e}.
 """
 
 
+def write_section(path: Path, heading: str, rows: Sequence[str]) -> None:
+    """Write a chapter of a Markdown file, in the place of the one with its title, or at the end."""
+    chapters = re.split(r"^(?=##? )", path.read_text(encoding="utf-8") if path.exists() else "", flags=re.MULTILINE)
+    title = heading.splitlines()[0]
+    at = next((i for i, chapter in enumerate(chapters) if chapter.splitlines()[:1] == [title]), len(chapters))
+    chapters[at : at + 1] = ["\n".join([heading, *rows, ""])]
+    path.write_text("\n".join(chapter.strip("\n") + "\n" for chapter in chapters if chapter), encoding="utf-8")
+
+
 def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, required=True, help="Markdown file")
-    arguments = parser.parse_args()
-    arguments.write.write_text("\n".join([HEADING, *matrix(LAYOUTS), ""]), encoding="utf-8")
+    write_section(parser.parse_args().write, HEADING, matrix(LAYOUTS))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ docs/checkpoints.md describes the format and what is guaranteed.
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint, SaveError
 from megatron.checkpoint.folder import iteration_of_tag, latest, list_checkpoints
 from megatron.checkpoint.load import Loaded, load, load_directory, read_record
-from megatron.checkpoint.optimizer import optimizer_tensors
+from megatron.checkpoint.optimizer import make_state, optimizer_tensors
+from megatron.checkpoint.parts import Parts, Place, Stored
 from megatron.checkpoint.publish import check_writable
 from megatron.checkpoint.save import TrainingState, save, save_directory
 
@@ -16,7 +17,10 @@ __all__ = [
     "CheckpointMismatch",
     "CorruptCheckpoint",
     "Loaded",
+    "Parts",
+    "Place",
     "SaveError",
+    "Stored",
     "TrainingState",
     "check_writable",
     "iteration_of_tag",
@@ -24,6 +28,7 @@ __all__ = [
     "list_checkpoints",
     "load",
     "load_directory",
+    "make_state",
     "optimizer_tensors",
     "read_record",
     "save",

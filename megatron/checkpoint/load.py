@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.files import share_of
@@ -24,6 +23,7 @@ from megatron.checkpoint.manifest import (
     content_faults,
     read_manifest,
 )
+from megatron.checkpoint.parts import Stored
 from megatron.checkpoint.publish import Log
 from megatron.checkpoint.ranks import Ranks, RanksFailed
 from megatron.checkpoint.tensors import read_tensors
@@ -60,7 +60,7 @@ class _Opened:
 def load(
     root: str | Path,
     *,
-    into: Mapping[str, Tensor],
+    into: Mapping[str, Stored],
     iteration: int | None = None,
     sections: Collection[str] | None = None,
     strict: bool = True,
@@ -217,7 +217,7 @@ def _verify_contents(opened: _Opened, ranks: Ranks) -> None:
         raise CorruptCheckpoint(f"{opened.loaded.path} is damaged: {'; '.join(found)}")
 
 
-def _read(opened: _Opened, into: Mapping[str, Tensor], ranks: Ranks) -> None:
+def _read(opened: _Opened, into: Mapping[str, Stored], ranks: Ranks) -> None:
     try:
         read_tensors(opened.loaded.path, into, ranks)
     except RanksFailed as error:
@@ -228,13 +228,13 @@ def _read(opened: _Opened, into: Mapping[str, Tensor], ranks: Ranks) -> None:
 
 def _fitting(
     opened: _Opened,
-    into: Mapping[str, Tensor],
+    into: Mapping[str, Stored],
     sections: Collection[str] | None,
     strict: bool,
     vocab_size: int | None,
     ranks: Ranks,
     log: Log,
-) -> dict[str, Tensor]:
+) -> dict[str, Stored]:
     """The tensors that can be loaded; all of them if strict.
 
     Raises:
@@ -271,7 +271,7 @@ def _listing(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what} ({len(unique)}): {', '.join(unique[:_NAMES_SHOWN])}{f' and {more} more' if more > 0 else ''}"]
 
 
-def _difference(name: str, stored: TensorRecord, tensor: Tensor, vocab_size: int | None) -> str | None:
+def _difference(name: str, stored: TensorRecord, tensor: Stored, vocab_size: int | None) -> str | None:
     """Why a stored tensor cannot be loaded into another; None if it can."""
     if tensor.is_meta:
         return f"{name} has no memory here (meta tensor)"

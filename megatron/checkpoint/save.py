@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron.checkpoint.files import files_below, record_of, share_of
+from megatron.checkpoint.parts import Stored
 from megatron.checkpoint.publish import Draft, Log, Retention, Written, publish
 from megatron.checkpoint.ranks import Ranks
 from megatron.checkpoint.tensors import write_tensors
@@ -22,15 +22,15 @@ class TrainingState:
 
     Attributes:
         tensors: by name: "model.<parameter>" (float32 master weights, logical names), "optimizer.<entry>.<parameter>"
-            (see `optimizer_tensors`). `DTensor`s of any mesh and placement; a plain tensor is the same on every rank
-            that has it. Ranks may have different ones, as pipeline stages do.
+            (see `optimizer_tensors`). `DTensor`s of any mesh and placement, and `Parts`; a plain tensor is the same on
+            every rank that has it. Ranks may have different ones, as pipeline stages do.
         progress: how far training is, JSON: iteration, consumed samples and tokens, schedules, counters.
         run: what is being trained, JSON: settings, architecture, ops table, versions, layout.
         vocab_size: tokens that exist: rows of the embedding and the head beyond it are padding, which differs
             between layouts, and are not stored. None: all rows are stored.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Stored]
     progress: Mapping[str, Any]
     run: Mapping[str, Any]
     vocab_size: int | None = None

@@ -1,7 +1,8 @@
 """Tensors to files and back, through torch.distributed.checkpoint: one file per rank, any layout into any other.
 
-A tensor has a name and a logical shape. A `DTensor` knows which part of it a rank holds, each part is written once, and
-whoever reads takes what overlaps with its own part. A plain tensor is the same on every rank that has it.
+A tensor has a name and a logical shape. A `DTensor` and `Parts` know which part of it a rank holds, each part is
+written once, and whoever reads takes what overlaps with its own part. A plain tensor is the same on every rank that has
+it.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from torch.futures import Future
 
 from megatron.checkpoint.files import FileRecord, HashingFile
 from megatron.checkpoint.manifest import TensorRecord
+from megatron.checkpoint.parts import Parts, Stored
 from megatron.checkpoint.publish import Written
 from megatron.checkpoint.ranks import Failure, Ranks, RanksFailed
 from megatron.checkpoint.vocabulary import has_vocabulary_rows
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int | None, ranks: Ranks) -> Written:
+def write_tensors(folder: Path, tensors: Mapping[str, Stored], vocab_size: int | None, ranks: Ranks) -> Written:
     """Write this rank's part of the tensors and sync it. Called by all ranks.
 
     Args:
@@ -64,7 +66,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], vocab_size: int |
     return Written(storage.records, records if ranks.is_first else {})
 
 
-def read_tensors(folder: Path, into: Mapping[str, Tensor], ranks: Ranks) -> None:
+def read_tensors(folder: Path, into: Mapping[str, Stored], ranks: Ranks) -> None:
     """Fill tensors in place with what a checkpoint holds under their names. Called by all ranks.
 
     Rows of `into` beyond the stored vocabulary become zero. Values are converted to the dtype of the tensor.
@@ -144,6 +146,10 @@ class _SavePlanner(DefaultSavePlanner):
             raise ValueError(problem)
         return super().create_global_plan(all_plans)
 
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        held = _held(self.state_dict, index)
+        return super().lookup_object(index) if held is None else held
+
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         tensor = super().transform_object(write_item, object)
         data = write_item.tensor_data
@@ -173,10 +179,16 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 def _check_kind(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor | Parts):
         raise TypeError(f"{name} is {type(tensor).__name__}, not a tensor; put it into `progress`")
     if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"{name} is {tensor.placements}: sums that are not yet taken cannot be saved")
+
+
+def _held(tensors: Mapping[str, Any], index: MetadataIndex) -> Tensor | None:
+    """The box of `Parts` that an index means; None if it is a part of something else."""
+    parts = tensors[index.fqn]
+    return parts.held[index.offset] if isinstance(parts, Parts) and index.offset is not None else None
 
 
 def _disagreement(plans: Sequence[SavePlan]) -> str | None:
@@ -211,9 +223,16 @@ class _LoadPlanner(DefaultLoadPlanner):
         for name, tensor in state_dict.items():
             entry = entries.get(name)
             if isinstance(entry, TensorStorageMetadata) and has_vocabulary_rows(name, tensor.shape):
-                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().zero_()
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
                 entries[name] = replace(entry, size=tensor.shape)
-        super().set_up_planner(state_dict, replace(metadata, state_dict_metadata=entries), is_coordinator)
+        # What the base class does besides, with no state to flatten, is to drop whatever is no tensor.
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata = replace(metadata, state_dict_metadata=entries)
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        held = _held(self.state_dict, index)
+        return super().lookup_tensor(index) if held is None else held
 
 
 class _HashingFileSystem(FileSystem):

@@ -31,5 +31,8 @@ class CheckpointConfig:
     no_load_optim: bool | None = option(None, "Do not load optimizer state.")
     no_load_lr_state: bool = option(False, "Do not load the position in the learning-rate schedule.")
     finetune: bool = option(False, "Load weights alone and begin at iteration 0.")
+    reset_iteration: bool = option(
+        False, "Begin at iteration 0 and with the first sample, with the loaded weights, optimizer and schedule."
+    )
     use_checkpoint_args: bool = option(False, "Take the architecture and the tokenizer from the checkpoint.")
     exit_on_missing_checkpoint: bool = option(False, "Stop when --load holds no checkpoint instead of starting anew.")

@@ -280,7 +280,6 @@ REFUSED = (
             ("--kd-alpha-ce", 1.0),
             ("--kd-beta-ce", 1.0),
             ("--kd-temp", 1.0),
-            ("--reset-iteration", False),
             ("--load-teacher", None, "str"),
         ),
     ),

@@ -179,22 +179,20 @@ def deepspeed_has_its_flag(deepspeed: bool, deepspeed_config: str | None) -> str
     return None
 
 
-def export_needs_checkpoints(save: str | None, save_hf: str | None, skip_train: bool, deepspeed: bool) -> str | None:
+def export_needs_checkpoints(save: str | None, save_hf: str | None, skip_train: bool) -> str | None:
     """The model is exported from a checkpoint of this run, in which all its parts are together."""
     if save_hf is None:
         return None
     if save is None:
         return f"--save-hf {save_hf}: needs --save, because it is written from the last checkpoint"
-    if deepspeed:
-        return f"--save-hf {save_hf}: only with the native engine, without --deepspeed"
     return f"--save-hf {save_hf}: not with --skip-train, which trains nothing" if skip_train else None
 
 
-def deepspeed_keeps_to_itself(deepspeed: bool, no_save_optim: bool | None, log_num_zeros_in_grad: bool) -> str | None:
-    """DeepSpeed writes its optimizer into every checkpoint and has no gradients left to look at after a step."""
-    flags = {"--no-save-optim": no_save_optim, "--log-num-zeros-in-grad": log_num_zeros_in_grad}
-    asked = [flag for flag, value in flags.items() if value]
-    return f"{', '.join(asked)}: only with the native engine, without --deepspeed" if deepspeed and asked else None
+def deepspeed_keeps_to_itself(deepspeed: bool, log_num_zeros_in_grad: bool) -> str | None:
+    """DeepSpeed has no gradients left to look at after a step."""
+    if deepspeed and log_num_zeros_in_grad:
+        return "--log-num-zeros-in-grad: only with the native engine, without --deepspeed"
+    return None
 
 
 def hybrid_sharding_divides(
@@ -247,6 +245,7 @@ def loading_has_a_directory(
     load: str | None,
     ckpt_step: int | None,
     finetune: bool,
+    reset_iteration: bool,
     use_checkpoint_args: bool,
     exit_on_missing_checkpoint: bool,
 ) -> str | None:
@@ -254,6 +253,7 @@ def loading_has_a_directory(
     flags = {
         "--ckpt-step": ckpt_step is not None,
         "--finetune": finetune,
+        "--reset-iteration": reset_iteration,
         "--use-checkpoint-args": use_checkpoint_args,
         "--exit-on-missing-checkpoint": exit_on_missing_checkpoint,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,18 +71,34 @@ def fill_parameters(
         groups: this process's groups.
         part: from logical name, logical shape and an index into it to what is there, in any floating-point dtype.
     """
-    tp = groups.tp
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if isinstance(parameter, DTensor):
                 shape, target = tuple(parameter.shape), parameter.to_local()
+                index = _own_rows(parameter, _own_part(name, shape, groups))
             else:
-                shape, target = logical_shape(name, parameter.shape, tp.size), parameter.data
-            index = local_slice(name, shape, tp.rank, tp.size)
-            if isinstance(parameter, DTensor):
-                index = _own_rows(parameter, index)
+                target = parameter.data
+                shape, index = place_of(name, target.shape, groups)
             if target.numel():
                 target.copy_(part(name, shape, index))
+
+
+def place_of(
+    name: str, local_shape: Sequence[int], groups: ProcessGroups
+) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+    """Logical shape of a parameter, and the index of the part that is this rank's local tensor.
+
+    Args:
+        name: logical name.
+        local_shape: of the local tensor, which the data-parallel ranks do not split.
+        groups: this process's groups.
+    """
+    shape = logical_shape(name, local_shape, groups.tp.size)
+    return shape, _own_part(name, shape, groups)
+
+
+def _own_part(name: str, shape: tuple[int, ...], groups: ProcessGroups) -> tuple[slice, ...]:
+    return local_slice(name, shape, groups.tp.rank, groups.tp.size)
 
 
 def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]:

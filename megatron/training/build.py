@@ -75,6 +75,8 @@ def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) ->
     model = _model(config, session, arch, session.device, layout, groups.pp.rank)
     _initial_weights(model, config, arch, groups)
     parts: dict[str, Any] = {
+        "parameters": dict(model.named_parameters()),
+        "vocab_size": arch.vocab_size,
         "token_loss": _token_loss(arch, session),
         "optimizer": _optimizer(config, session.ops, model.named_parameters()),
         "config": merge(config.deepspeed_document, config),

@@ -18,16 +18,16 @@ from megatron import checkpoint
 from megatron.accelerators.base import Accelerator
 from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
+from megatron.model.weights import place_of
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.sharding import shard_dim
 from megatron.training import gradients
+from megatron.training.deepspeed_scale import read_scale, write_scale
+from megatron.training.deepspeed_state import DeepSpeedState, forget_first_step
 from megatron.training.engine import SaveTarget, StepResult, StepSettings
 from megatron.training.loss import TokenLoss
 from megatron.training.optimizer import set_schedules
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
-
-_TAG = "deepspeed"
-"""Folder of DeepSpeed's files within a checkpoint."""
 
 
 class ModelParallelUnit:
@@ -96,12 +96,25 @@ def mark_split_parameters(model: nn.Module, groups: ProcessGroups) -> None:
 
 
 class DeepSpeedEngine:
-    """Trains a model through DeepSpeed; see `Engine` for the methods."""
+    """Trains a model through DeepSpeed; see `Engine` for the methods.
+
+    Args:
+        model: what DeepSpeed calls.
+        parameters: those of the model, by logical name.
+        token_loss: of the model's output.
+        optimizer: of the parameters.
+        config: DeepSpeed's settings.
+        mpu: the process groups; None for a pipeline, which has its own.
+        groups: this process's groups.
+        accelerator, device: where the model is.
+        vocab_size: rows of the embedding that are no padding.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        parameters: Mapping[str, nn.Parameter],
         token_loss: TokenLoss,
         optimizer: torch.optim.Optimizer,
         config: Mapping[str, Any],
@@ -109,6 +122,7 @@ class DeepSpeedEngine:
         groups: ProcessGroups,
         accelerator: Accelerator,
         device: torch.device,
+        vocab_size: int,
     ) -> None:
         deepspeed = import_deepspeed()
         if torch.float64 not in accelerator.capabilities.dtypes:
@@ -122,10 +136,15 @@ class DeepSpeedEngine:
             mpu=mpu,
             dist_init_required=False,
         )
+        forget_first_step(self.optimizer)
+        self._state = DeepSpeedState(
+            self.optimizer, parameters, lambda name, shape: checkpoint.Place(*place_of(name, shape, groups))
+        )
         self._micro_step = MicroStep(self.engine, token_loss)
         self._groups = groups
         self._accelerator = accelerator
         self._device = device
+        self._vocab_size = vocab_size
 
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
         """Forward and backward of the micro-batches, then one step of DeepSpeed's optimizer; see `Engine`."""
@@ -172,28 +191,38 @@ class DeepSpeedEngine:
         return self._norm(copies)
 
     def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
-        """Write DeepSpeed's own files, which this layout can read; see `Engine`."""
-        return checkpoint.save_directory(
+        """Write a checkpoint that any layout and engine can read; see `Engine`."""
+        state = checkpoint.TrainingState(
+            tensors=self._state.tensors(optimizer=target.optimizer, saving=True),
+            progress={**progress, "loss_scale": read_scale(self.optimizer).state()},
+            run=run,
+            vocab_size=self._vocab_size,
+        )
+        return checkpoint.save(
             target.root,
             iteration,
-            lambda folder: self.engine.save_checkpoint(str(folder), tag=_TAG),
-            progress,
-            run,
+            state,
             keep_last=target.keep_last,
             retain_interval=target.retain_interval,
             log=target.log,
         )
 
     def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
-        """Restore from DeepSpeed's own files; see `Engine`."""
-        loaded = checkpoint.load_directory(root, iteration=iteration, log=log)
+        """Restore weights and optimizer state from a checkpoint of any layout and engine; see `Engine`."""
+        tensors = self._state.tensors(optimizer=optimizer, saving=False)
+        loaded = checkpoint.load(
+            root,
+            into=tensors,
+            iteration=iteration,
+            sections=None if optimizer else {"model"},
+            vocab_size=self._vocab_size,
+            log=log,
+        )
         if loaded is None:
             return None
-        path, _ = self.engine.load_checkpoint(
-            str(loaded.path), tag=_TAG, load_optimizer_states=optimizer, load_module_only=not optimizer
-        )
-        if path is None:
-            raise checkpoint.CheckpointError(f"DeepSpeed found nothing to load in {loaded.path / _TAG}")
+        self._state.restored(tensors)
+        if optimizer:
+            write_scale(self.optimizer, read_scale(self.optimizer).resumed(loaded.progress["loss_scale"]))
         return loaded
 
     def _set_microbatches(self, number: int) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.accelerators.base import Accelerator
 from megatron.data.batch import Batch
 from megatron.model.gpt import GPT
 from megatron.mpu.groups import ProcessGroups
@@ -68,10 +67,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         model: the stage of this rank.
         tied: the last stage uses the word embedding of the first one as its head.
         token_loss: of the last stage.
-        optimizer: of the parameters of this stage.
-        config: DeepSpeed's settings.
-        groups: this process's groups.
-        accelerator, device: where the stage is.
+        config, groups, parts: as for `DeepSpeedEngine`, of this stage.
     """
 
     def __init__(
@@ -80,11 +76,9 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         *,
         tied: bool,
         token_loss: TokenLoss,
-        optimizer: torch.optim.Optimizer,
         config: Mapping[str, Any],
         groups: ProcessGroups,
-        accelerator: Accelerator,
-        device: torch.device,
+        **parts: Any,
     ) -> None:
         mark_split_parameters(model, groups)
         self._stage, self._loss = _Stage(model), _Loss(token_loss)
@@ -95,12 +89,10 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         super().__init__(
             module,
             token_loss=token_loss,
-            optimizer=optimizer,
             config={**config, "pipeline": {**config.get("pipeline", {}), **_WHOLE}},
             mpu=None,
             groups=groups,
-            accelerator=accelerator,
-            device=device,
+            **parts,
         )
 
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:

@@ -171,8 +171,8 @@ class NativeEngine:
         )
         if loaded is not None:
             self._refresh()
-        if loaded is not None and optimizer and self._settings.loss_scale.window:
-            self.loss_scale = LossScale(**loaded.progress["loss_scale"])
+        if loaded is not None and optimizer:
+            self.loss_scale = self.loss_scale.resumed(loaded.progress["loss_scale"])
         return loaded
 
     def _tensors(self, *, optimizer: bool) -> dict[str, torch.Tensor]:

@@ -58,4 +58,6 @@ def resume(
             override=optimizer.override_opt_param_scheduler,
             use_checkpoint=optimizer.use_checkpoint_opt_param_scheduler,
         )
+    if settings.reset_iteration:
+        return Resumed(TrainState(schedule=position), schedule)
     return Resumed(TrainState.from_progress(loaded.progress, position), schedule)
