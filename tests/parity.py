@@ -83,6 +83,7 @@ SHALLOW = (
     Layout("TP2 DP2", 4, (*_TENSOR, "2")),
 )
 DEEP = (*MODEL, "--num-layers", "4")
+TWO_HEADS, ONE_HEAD = ((*MODEL, "--num-key-value-heads", heads, "--add-qkv-bias") for heads in ("2", "1"))
 TIED = tuple(word for word in DEEP if word != "--untie-embeddings-and-output-weights")
 
 
@@ -101,6 +102,7 @@ def _pipeline(
     return Layout(name, ranks, words, tuple(engines), TIED if tied else DEEP)
 
 
+_PIPELINE, _BOTH = ("--pipeline-model-parallel-size", "2"), ("native stage 1", "DeepSpeed ZeRO-1")
 _SCHEDULE, _VIRTUAL = "--pipeline-schedule", ("--num-virtual-stages-per-pipeline-rank", "2")
 _LAYOUT = "--pipeline-model-parallel-layout"
 PIPELINES = (
@@ -152,7 +154,20 @@ SEQUENCES = (
     Layout("CP2 Ulysses 2", 4, (*_CONTEXT, "2", *_ULYSSES, "2"), _ONE),
 )
 """Ranks that share every sequence."""
-LAYOUTS = (*SHALLOW, *PIPELINES, *SEQUENCES)
+_SPLIT = (_SCHEDULE, "zero-bubble")
+_HALVES = ("--num-distributed-optimizer-instances", "2")
+COPIES = (
+    Layout("TP4, 2 kv heads", 4, (*_TENSOR, "4"), model=TWO_HEADS),
+    Layout("TP4 SP, 2 kv heads", 4, (*_TENSOR, "4", "--sequence-parallel"), model=TWO_HEADS),
+    Layout("TP2, 1 kv head", 2, (*_TENSOR, "2"), model=ONE_HEAD),
+    Layout("TP2 SP DP2, 1 kv head", 4, (*_TENSOR, "2", "--sequence-parallel"), model=ONE_HEAD),
+    Layout("TP2 DP4 in 2 copies, 1 kv head", 8, (*_TENSOR, "2", *_HALVES), ("native stage 1",), ONE_HEAD),
+    Layout("PP2 TP2 SP, 1 kv head", 4, (*_PIPELINE, *_TENSOR, "2", "--sequence-parallel"), _BOTH, ONE_HEAD),
+    Layout("PP2 TP2 zero-bubble, 1 kv head", 4, (*_PIPELINE, *_TENSOR, "2", *_SPLIT), ("native stage 1",), ONE_HEAD),
+    Layout("PP2 TP4, 2 kv heads", 8, (*_PIPELINE, *_TENSOR, "4"), _BOTH, TWO_HEADS),
+)
+"""More tensor-parallel ranks than key-value heads."""
+LAYOUTS = (*SHALLOW, *PIPELINES, *SEQUENCES, *COPIES)
 
 
 def train(argv: Sequence[str]) -> None:

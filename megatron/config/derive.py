@@ -73,6 +73,9 @@ def _sizes(s: Settings) -> Changes:
         changes["kv_channels"] = hidden // heads
     if s["num_key_value_heads"] is None:
         changes["num_key_value_heads"] = heads
+    kv_heads = s["num_key_value_heads"] or heads
+    if s["kv_replicator"] is None and kv_heads:
+        changes["kv_replicator"] = max(1, s["tensor_model_parallel_size"] // kv_heads)
     if s["max_position_embeddings"] is None:
         changes["max_position_embeddings"] = s["seq_length"]
     if s["position_embedding_type"] is None:

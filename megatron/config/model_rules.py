@@ -40,9 +40,28 @@ def query_heads_split(num_attention_heads: int, tensor_model_parallel_size: int)
     return _multiple("--num-attention-heads", num_attention_heads, tensor_model_parallel_size)
 
 
-def kv_heads_split(num_key_value_heads: int, tensor_model_parallel_size: int) -> str | None:
-    """Each tensor-parallel rank has whole key and value heads."""
-    return _multiple("--num-key-value-heads", num_key_value_heads, tensor_model_parallel_size)
+def kv_heads_split(num_key_value_heads: int, num_attention_heads: int, tensor_model_parallel_size: int) -> str | None:
+    """Each tensor-parallel rank has whole key and value heads, or all copies of a head serve as many query heads."""
+    heads, ranks = num_key_value_heads, tensor_model_parallel_size
+    if heads != num_attention_heads and max(heads, ranks) % min(heads, ranks):
+        return (
+            f"--num-key-value-heads {heads}: must be a multiple of --tensor-model-parallel-size {ranks}, or divide it "
+            "(then ranks hold copies of heads)"
+        )
+    return None
+
+
+def kv_copies_are_those_needed(
+    kv_replicator: int, num_key_value_heads: int, tensor_model_parallel_size: int
+) -> str | None:
+    """There are as many copies of a key and value head as it takes to give one to every rank."""
+    needed = max(1, tensor_model_parallel_size // num_key_value_heads)
+    if kv_replicator != needed:
+        return (
+            f"--kv-replicator {kv_replicator}: must be {needed}, for --num-key-value-heads {num_key_value_heads} and "
+            f"--tensor-model-parallel-size {tensor_model_parallel_size}; it can be left out"
+        )
+    return None
 
 
 def ffn_splits(ffn_hidden_size: int, tensor_model_parallel_size: int) -> str | None:
@@ -219,6 +238,7 @@ RULES: tuple[Rule, ...] = (
     no_pipeline_is_kept,
     query_heads_split,
     kv_heads_split,
+    kv_copies_are_those_needed,
     ffn_splits,
     padded_vocabulary_splits,
     heads_divide_hidden,

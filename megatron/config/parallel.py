@@ -21,6 +21,12 @@ class ParallelConfig:
     data_parallel_size: int = derived()  # ranks
 
     tensor_model_parallel_size: int = option(1, "Ranks that share every layer (tensor parallelism).", minimum=1)
+    kv_replicator: int = resolved(
+        "Tensor-parallel ranks that hold each key and value head. Default: as many as give every rank a head, which is "
+        "the one value that is accepted.",
+        aliases=("--kv_replicator", "--kv-size-multiplier", "--kv_size_multiplier"),
+        minimum=1,
+    )
     pipeline_model_parallel_size: int = option(1, "Ranks that share the layers among them (pipeline).", minimum=1)
     context_parallel_size: int = option(1, "Ranks that share every sequence (context parallelism).", minimum=1)
     ds_sequence_parallel_size: int = option(1, "Ranks that share every sequence by heads (Ulysses).", minimum=1)

@@ -19,6 +19,8 @@ from megatron.config.tokenizer import TokenizerConfig
 from megatron.generation.reading import Reader
 from megatron.generation.session import Session
 from megatron.model.gpt import GPT
+from megatron.mpu.groups import with_kv_copies
+from megatron.mpu.sharding import kv_copies
 from megatron.tokenizer import Tokenizer, TokenizerError, TokenizerSettings, build_tokenizer, settings_of_run
 from megatron.training.pretrained import load_pretrained
 from megatron.training.setup import SetupError
@@ -93,7 +95,8 @@ def restore(source: StoredModel, tokenizer: Tokenizer, session: Session, *, dtyp
     Raises:
         SetupError: there are more pipeline stages than layers.
     """
-    tp, pp = session.groups.tp, session.groups.pp
+    groups = with_kv_copies(session.groups, kv_copies(source.arch.num_kv_heads, session.groups.tp.size))
+    tp, pp = groups.tp, groups.pp
     if pp.size > source.arch.num_layers:
         raise SetupError(f"--pipeline-model-parallel-size {pp.size}: the model has {source.arch.num_layers} layers")
     rows = -(-source.arch.vocab_size // tp.size) * tp.size
@@ -101,16 +104,16 @@ def restore(source: StoredModel, tokenizer: Tokenizer, session: Session, *, dtyp
     stage = GPT(
         arch,
         ops=session.ops,
-        groups=session.groups,
+        groups=groups,
         layers=layers_of(arch.num_layers, pp.rank, pp.size),
         first=pp.rank == 0,
         last=pp.rank == pp.size - 1,
         dtype=dtype or dtype_of(source.weights.records["embedding.word.weight"]),
         device=session.device,
     )
-    load_pretrained(stage, source, arch, session.groups)
+    load_pretrained(stage, source, arch, groups)
     ends = ending_tokens(source.assets, tokenizer)
-    return Restored(reader=Reader(stage, arch, session.groups), arch=arch, tokenizer=tokenizer, ends=ends)
+    return Restored(reader=Reader(stage, arch, groups), arch=arch, tokenizer=tokenizer, ends=ends)
 
 
 def layers_of(num_layers: int, rank: int, ranks: int) -> range:

@@ -46,8 +46,9 @@ class Attention(nn.Module):
         query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         bias = arch.linear_bias or arch.qkv_bias
         self.query = ColumnParallelLinear(arch.hidden_size, query, bias=bias, **setting.linear())
-        self.key = ColumnParallelLinear(arch.hidden_size, key, bias=bias, **setting.linear())
-        self.value = ColumnParallelLinear(arch.hidden_size, key, bias=bias, **setting.linear())
+        shared = setting.linear() | {"copies": setting.groups.kv_copies}
+        self.key = ColumnParallelLinear(arch.hidden_size, key, bias=bias, **shared)
+        self.value = ColumnParallelLinear(arch.hidden_size, key, bias=bias, **shared)
         # Each rank normalises its own heads only.
         self.query_norm = Norm(arch.head_dim, setting, bias=False, partial_grad=True) if arch.qk_norm else None
         self.key_norm = Norm(arch.head_dim, setting, bias=False, partial_grad=True) if arch.qk_norm else None

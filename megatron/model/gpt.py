@@ -21,6 +21,7 @@ from megatron.model.setting import RecomputePlan, Setting
 from megatron.mpu.deferred import DeferredGradients, WeightTask
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.layers import ColumnParallelLinear, column_linears
+from megatron.mpu.sharding import kv_copies
 from megatron.ops import Ops
 
 __all__ = ["GPT", "ModelInputs", "RecomputePlan"]
@@ -161,7 +162,6 @@ def _check_layout(arch: Architecture, groups: ProcessGroups) -> None:
     tp = groups.tp.size
     split = {
         "attention heads": arch.num_heads,
-        "kv heads (--num-key-value-heads)": arch.num_kv_heads,
         "feed-forward features": arch.ffn_hidden_size,
         "vocabulary rows": arch.padded_vocab_size,
     }
@@ -170,6 +170,9 @@ def _check_layout(arch: Architecture, groups: ProcessGroups) -> None:
             raise ValueError(
                 f"--tensor-model-parallel-size is {tp}, but the model has {count} {what}; it must divide {count}"
             )
+    copies, needed = groups.kv_copies.size if groups.kv_copies else 1, kv_copies(arch.num_kv_heads, tp)
+    if copies != needed:
+        raise ValueError(f"{arch.num_kv_heads} kv heads on {tp} ranks need {needed} copies, the groups have {copies}")
     if arch.num_heads % arch.num_kv_heads:
         raise ValueError(f"{arch.num_kv_heads} kv heads must divide {arch.num_heads} attention heads")
     if (arch.num_heads // tp) % groups.ulysses.size:

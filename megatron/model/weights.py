@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from megatron.config.architecture import Architecture
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.init import Distribution, draw, xavier_uniform
-from megatron.mpu.sharding import local_slice, logical_shape, shard_dim
+from megatron.mpu.sharding import is_replicated_kv, local_slice, logical_shape, shard_dim
 
 
 def distribution(name: str, shape: tuple[int, ...], arch: Architecture) -> Distribution:
@@ -93,12 +93,16 @@ def place_of(
         local_shape: of the local tensor, which the data-parallel ranks do not split.
         groups: this process's groups.
     """
-    shape = logical_shape(name, local_shape, groups.tp.size)
+    shape = logical_shape(name, local_shape, groups.tp.size, _kv_copies(groups))
     return shape, _own_part(name, shape, groups)
 
 
 def _own_part(name: str, shape: tuple[int, ...], groups: ProcessGroups) -> tuple[slice, ...]:
-    return local_slice(name, shape, groups.tp.rank, groups.tp.size)
+    return local_slice(name, shape, groups.tp.rank, groups.tp.size, _kv_copies(groups))
+
+
+def _kv_copies(groups: ProcessGroups) -> int:
+    return groups.kv_copies.size if groups.kv_copies else 1
 
 
 def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]:
@@ -106,7 +110,7 @@ def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]
     mesh = parameter.device_mesh
     rows, *rest = index
     for at, placement in enumerate(parameter.placements):
-        if (mesh.mesh_dim_names or ())[at] == "tp" or placement.is_replicate():
+        if (mesh.mesh_dim_names or ())[at] in ("tp", "kv") or placement.is_replicate():
             continue
         size = -(-(rows.stop - rows.start) // mesh.size(at))
         start = min(rows.start + size * mesh.get_local_rank(at), rows.stop)
@@ -114,23 +118,26 @@ def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]
     return (rows, *rest)
 
 
-def to_dtensors(model: nn.Module, mesh: DeviceMesh) -> None:
+def to_dtensors(model: nn.Module, mesh: DeviceMesh, kv_mesh: DeviceMesh | None = None) -> None:
     """Replace every parameter by a DTensor that knows how it is split over the tensor-parallel ranks.
 
     Args:
         model: its parameters, named logically, are local tensors (also on the meta device).
         mesh: the mesh of all ranks, with a dimension "tp".
+        kv_mesh: of replicated key-value heads, see `ProcessGroups`.
     """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in replaced:
                 full_name = f"{prefix}.{name}" if prefix else name
-                replaced[parameter] = nn.Parameter(_to_dtensor(full_name, parameter.data, mesh))
+                replaced[parameter] = nn.Parameter(_to_dtensor(full_name, parameter.data, mesh["tp"], kv_mesh))
             setattr(module, name, replaced[parameter])
 
 
-def _to_dtensor(name: str, part: Tensor, mesh: DeviceMesh) -> DTensor:
+def _to_dtensor(name: str, part: Tensor, tp_mesh: DeviceMesh, kv_mesh: DeviceMesh | None) -> DTensor:
     dim = shard_dim(name)
     placement = Replicate() if dim is None else Shard(dim)
-    return DTensor.from_local(part, mesh["tp"], [placement], run_check=False)
+    if kv_mesh is not None and is_replicated_kv(name, kv_mesh.size(1)):
+        return DTensor.from_local(part, kv_mesh, [placement, Replicate()], run_check=False)
+    return DTensor.from_local(part, tp_mesh, [placement], run_check=False)

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron.mpu import collectives
 from megatron.mpu.groups import Group
-from megatron.mpu.local import local
+
+
+class Linear(Protocol):
+    """A linear layer whose weight is read through `own`, which knows what becomes of the gradient."""
+
+    weight: nn.Parameter
+
+    def own(self, parameter: Tensor) -> Tensor:
+        """The local part of a parameter of this layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,20 +33,20 @@ class WeightTask:
     """Weight gradients that are still to be computed.
 
     Attributes:
-        layers: linear layers of one input, each with a `weight` [o, i].
+        layers: linear layers of one input, each with a weight [o, i].
         x: their input [s, b, i], or this rank's part of it, [s/t, b, i].
         gradients: of their outputs [s, b, o].
         gather: the ranks that share the input along the sequence, or None.
     """
 
-    layers: Sequence[nn.Module]
+    layers: Sequence[Linear]
     x: Tensor
     gradients: tuple[Tensor, ...]
     gather: Group | None
 
     def as_zero(self) -> Tensor:
         """A scalar zero whose backward computes the weight gradients and adds them to those of the weights."""
-        weights = [local(layer.weight) for layer in self.layers]
+        weights = [layer.own(layer.weight) for layer in self.layers]
         return _Zero.apply(self, *weights)
 
 
@@ -48,7 +57,7 @@ class DeferredGradients:
         self._tasks: list[WeightTask] = []
 
     def watch(
-        self, outputs: tuple[Tensor, ...], x: Tensor, layers: Sequence[nn.Module], gather: Group | None
+        self, outputs: tuple[Tensor, ...], x: Tensor, layers: Sequence[Linear], gather: Group | None
     ) -> tuple[Tensor, ...]:
         """Collect a task when the backward computation passes here.
 
@@ -76,14 +85,18 @@ class _Watch(torch.autograd.Function):
     def forward(
         ctx: Any,
         store: DeferredGradients,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Linear],
         gather: Group | None,
         x: Tensor,
         *outputs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.store, ctx.layers, ctx.gather = store, layers, gather
         ctx.save_for_backward(x)
-        return tuple(output.view_as(output) for output in outputs)
+        if any(output._is_view() for output in outputs):
+            return tuple(output.view_as(output) for output in outputs)
+        # As if changed in place, so that a model does not return a view of its logits: FSDP warns of that.
+        ctx.mark_dirty(*outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +45,9 @@ class ProcessGroups:
         ulysses, ring: the two ways in which cp ranks share a sequence, see `mpu.topology`.
         dp_cp: all ranks that hold the same weights: the group over which losses and gradients are summed.
         world: all ranks.
+        kv_copies: tensor-parallel ranks that hold the same key-value heads, where there are more ranks than heads;
+            None where every rank has heads of its own.
+        kv_mesh: the tensor-parallel ranks as a mesh of ("kv", "kv_copy"), for weights of replicated heads; else None.
     """
 
     topology: Topology
@@ -58,6 +61,8 @@ class ProcessGroups:
     ring: Group
     dp_cp: Group
     world: Group
+    kv_copies: Group | None = None
+    kv_mesh: DeviceMesh | None = None
 
     def data_parallel_mesh(self) -> DeviceMesh:
         """The ranks that hold the same weights (dp x cp) for FSDP: a mesh of (replicas, shards).
@@ -110,13 +115,14 @@ def single_process() -> ProcessGroups:
     )
 
 
-def build_groups(topology: Topology, device_type: str, *, dp_replicas: int = 1) -> ProcessGroups:
+def build_groups(topology: Topology, device_type: str, *, dp_replicas: int = 1, kv_copies: int = 1) -> ProcessGroups:
     """Create the groups of this process. Every rank must call it, in the same order as other collectives.
 
     Args:
         topology: the grid of ranks; its world size must be that of torch.distributed.
         device_type: torch device type of the tensors that are communicated.
         dp_replicas: copies of the sharded training state: length of the mesh axis "dp_replicate".
+        kv_copies: tensor-parallel ranks that share each key-value head, see `mpu.sharding.kv_copies`.
 
     Raises:
         ValueError: if the topology is for another number of ranks than there are, or the copies do not divide the
@@ -138,13 +144,27 @@ def build_groups(topology: Topology, device_type: str, *, dp_replicas: int = 1) 
     rank = dist.get_rank()
     handles = {axis: mesh.get_group(axis) for axis in ("pp", "tp")} | _data_handles(topology, mesh)
     axes = {axis: _group(_ranks_of(topology, rank, *axis.split("_")), rank, handles[axis]) for axis in handles}
-    return ProcessGroups(
+    groups = ProcessGroups(
         topology=topology,
         place=topology.place(rank),
         mesh=mesh,
         world=_group(list(range(world_size)), rank, dist.group.WORLD),
         **axes,
     )
+    return with_kv_copies(groups, kv_copies)
+
+
+def with_kv_copies(groups: ProcessGroups, copies: int) -> ProcessGroups:
+    """The groups of a model of which `copies` tensor-parallel ranks hold each key-value head. Called by all ranks."""
+    if copies == 1:
+        return groups
+    assert groups.mesh is not None
+    tp = groups.tp
+    kv_mesh = groups.mesh["tp"]._unflatten(0, (tp.size // copies, copies), ("kv", "kv_copy"))
+    first = tp.rank // copies * copies  # neighbours, as are the query heads that share a key-value head
+    ranks = list(tp.ranks[first : first + copies])
+    kv_copies = _group(ranks, groups.world.ranks[groups.world.rank], kv_mesh.get_group("kv_copy"))
+    return replace(groups, kv_copies=kv_copies, kv_mesh=kv_mesh)
 
 
 def _ranks_of(topology: Topology, rank: int, *axes: str) -> list[int]:

@@ -99,7 +99,25 @@ def column_parallel(
     return tuple(y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True))
 
 
-class ColumnParallelLinear(nn.Module):
+class SplitLayer(nn.Module):
+    """A layer of which each tensor-parallel rank holds a part.
+
+    Attributes:
+        weight: this rank's part.
+        copies: the ranks that hold the same part; None = this rank alone.
+        deferred: takes over the gradient of the weight; None = it is computed in backward.
+    """
+
+    weight: nn.Parameter
+    copies: Group | None = None
+    deferred: DeferredGradients | None
+
+    def own(self, parameter: Tensor) -> Tensor:
+        """The local part of the weight or bias. Copies of it see parts of its gradient, which are summed."""
+        return local(parameter) if self.copies is None else copy_to_region(local(parameter), self.copies)
+
+
+class ColumnParallelLinear(SplitLayer):
     """Linear layer whose output features are split over the tensor-parallel ranks.
 
     Args:
@@ -108,6 +126,8 @@ class ColumnParallelLinear(nn.Module):
         bias: whether there is a bias.
         group: the tensor-parallel ranks.
         sequence_parallel: the input is [s/t, b, i] instead of [s, b, i].
+        copies: the ranks among `group` that hold the same rows as this one, of which there are then group / copies
+            different parts; None = the rows of every rank are its own.
         deferred: takes over the gradient of the weight; None = it is computed in backward.
         dtype, device: of the parameters, uninitialised.
 
@@ -123,13 +143,15 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         group: Group,
         sequence_parallel: bool = False,
+        copies: Group | None = None,
         deferred: DeferredGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.group, self.sequence_parallel, self.deferred = group, sequence_parallel, deferred
-        rows = divide(out_features, group, "output features")
+        self.copies = copies
+        rows = divide(out_features, group.size // (copies.size if copies else 1), "output features")
         self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
 
@@ -149,22 +171,21 @@ def column_linears(
         skip_bias: leave the biases out, for a caller that adds them in a fused operation.
     """
     first = layers[0]
-    biases = [None if skip_bias or layer.bias is None else local(layer.bias) for layer in layers]
+    biases = [None if skip_bias or layer.bias is None else layer.own(layer.bias) for layer in layers]
     weights = [_weight(layer) for layer in layers]
     outputs = column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
     return _watched(outputs, x, layers, first.group if first.sequence_parallel else None)
 
 
-def _weight(layer: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> Tensor:
+def _weight(layer: SplitLayer) -> Tensor:
     """The weight, without gradient if that is deferred."""
-    weight = local(layer.weight)
-    return weight if layer.deferred is None else weight.detach()
+    return layer.own(layer.weight) if layer.deferred is None else local(layer.weight).detach()
 
 
 def _watched(
     outputs: tuple[Tensor, ...],
     x: Tensor,
-    layers: Sequence[ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding],
+    layers: Sequence[SplitLayer],
     gather: Group | None,
 ) -> tuple[Tensor, ...]:
     """The outputs of layers; in backward the gradients of deferred weights are noted down."""
@@ -174,7 +195,7 @@ def _watched(
     return deferred.watch(outputs, x, layers, gather)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(SplitLayer):
     """Linear layer whose input features are split over the tensor-parallel ranks; the partial outputs are summed.
 
     Args:
@@ -204,7 +225,7 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.sequence_parallel, self.deferred = group, sequence_parallel, deferred
-        columns = divide(in_features, group, "input features")
+        columns = divide(in_features, group.size, "input features")
         self.weight = nn.Parameter(torch.empty(out_features, columns, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
@@ -221,7 +242,7 @@ class RowParallelLinear(nn.Module):
         return reduce(partial, self.group), bias
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(SplitLayer):
     """Token embedding whose rows (the vocabulary) are split over the tensor-parallel ranks.
 
     Args:
@@ -252,7 +273,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.group, self.sequence_parallel, self.deferred, self._ops = group, sequence_parallel, deferred, ops
         self.bias = None
-        rows = divide(vocab_rows, group, "vocabulary rows")
+        rows = divide(vocab_rows, group.size, "vocabulary rows")
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype, device=device))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -269,15 +290,15 @@ class VocabParallelEmbedding(nn.Module):
         return reduce(partial, self.group)
 
 
-def divide(length: int, group: Group, what: str) -> int:
-    """`length` / group size.
+def divide(length: int, parts: int, what: str) -> int:
+    """`length` / `parts`.
 
     Raises:
         ValueError: if it is not a whole number.
     """
-    if length % group.size:
+    if length % parts:
         raise ValueError(
-            f"{what}: {length} cannot be divided over {group.size} tensor-parallel ranks; "
+            f"{what}: {length} cannot be divided over {parts} tensor-parallel ranks; "
             f"--tensor-model-parallel-size must divide {length}"
         )
-    return length // group.size
+    return length // parts

@@ -2,6 +2,9 @@
 
 Every other parameter (norms, row-parallel biases, positions) is replicated. q, k, v and gate, up are separate
 parameters, so a logical shape never depends on a layout.
+
+Where there are more ranks than key-value heads, neighbouring ranks hold copies of one head: rank r of t has head
+r // (t / heads), which is the head of its query heads, too.
 """
 
 from __future__ import annotations
@@ -36,14 +39,43 @@ def shard_dim(name: str) -> int | None:
     return _SHARD_DIM.get(".".join(parts[2:] if parts[0] == "layers" else parts))
 
 
-def local_slice(name: str, logical_shape: Sequence[int], tp_rank: int, tp_size: int) -> tuple[slice, ...]:
+def kv_copies(num_kv_heads: int, tp_size: int) -> int:
+    """Tensor-parallel ranks that hold each key-value head: 1 unless there are fewer heads than ranks.
+
+    Raises:
+        ValueError: if ranks and heads do not divide each other.
+    """
+    if max(num_kv_heads, tp_size) % min(num_kv_heads, tp_size):
+        raise ValueError(
+            f"{num_kv_heads} key-value heads (--num-key-value-heads) and {tp_size} ranks "
+            "(--tensor-model-parallel-size): one must be a multiple of the other"
+        )
+    return max(1, tp_size // num_kv_heads)
+
+
+def is_replicated_kv(name: str, copies: int) -> bool:
+    """Whether `copies` ranks hold the same part of a parameter that is split: a key or value weight or bias."""
+    return copies > 1 and (".attention.key." in name or ".attention.value." in name)
+
+
+def local_slice(
+    name: str, logical_shape: Sequence[int], tp_rank: int, tp_size: int, copies: int = 1
+) -> tuple[slice, ...]:
     """The part of the logical tensor that one tensor-parallel rank holds, as an index.
+
+    Args:
+        name: logical name.
+        logical_shape: of the whole tensor.
+        tp_rank, tp_size: the rank, and how many there are.
+        copies: ranks that hold each key-value head, see `kv_copies`.
 
     Raises:
         ValueError: if the dimension cannot be divided evenly.
     """
     index = [slice(0, length) for length in logical_shape]
     dim = shard_dim(name)
+    if is_replicated_kv(name, copies):
+        tp_rank, tp_size = tp_rank // copies, tp_size // copies
     if dim is not None:
         part, rest = divmod(logical_shape[dim], tp_size)
         if rest:
@@ -55,7 +87,8 @@ def local_slice(name: str, logical_shape: Sequence[int], tp_rank: int, tp_size: 
     return tuple(index)
 
 
-def logical_shape(name: str, local_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
-    """Shape of the whole tensor, given the shape of one rank's part."""
+def logical_shape(name: str, local_shape: Sequence[int], tp_size: int, copies: int = 1) -> tuple[int, ...]:
+    """Shape of the whole tensor, given the shape of one rank's part; arguments as for `local_slice`."""
     dim = shard_dim(name)
-    return tuple(length * (tp_size if at == dim else 1) for at, length in enumerate(local_shape))
+    parts = tp_size // copies if is_replicated_kv(name, copies) else tp_size
+    return tuple(length * (parts if at == dim else 1) for at, length in enumerate(local_shape))

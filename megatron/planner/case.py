@@ -152,6 +152,11 @@ class Case:
         """Key and value heads of one tensor-parallel rank; heads fewer than ranks are replicated."""
         return max(1, self.arch.num_kv_heads // self.tp)
 
+    @property
+    def kv_copies(self) -> int:
+        """Tensor-parallel ranks that hold each key and value head."""
+        return max(1, self.tp // self.arch.num_kv_heads)
+
 
 def case_of(
     settings: Mapping[str, Any], vocab_size: int, machine: Machine, document: Mapping[str, Any] | None = None

@@ -17,8 +17,9 @@ from megatron.planner.case import Case
 from megatron.planner.machines import LINK_EFFICIENCY
 from megatron.planner.parameters import Unit, units_of
 
-Axis = Literal["tensor", "context", "data", "copies", "pipeline"]
-"""Whom a rank talks to. "data" are the ranks that share one copy of the training state, "copies" hold the same part."""
+Axis = Literal["tensor", "heads", "context", "data", "copies", "pipeline"]
+"""Whom a rank talks to. "heads" are tensor-parallel ranks with copies of one key-value head, "data" the ranks that
+share one copy of the training state, "copies" those that hold the same part of it."""
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
 
 
@@ -59,6 +60,7 @@ def step_traffic(case: Case, pipeline_rank: int) -> tuple[Traffic, ...]:
     """Everything that a rank at one place of the pipeline sends in a step."""
     found = (
         *_tensor(case, pipeline_rank),
+        *_heads(case, pipeline_rank),
         *_context(case, pipeline_rank),
         *data_traffic(case, units_of(case, pipeline_rank)),
         *_pipeline(case, pipeline_rank),
@@ -98,6 +100,7 @@ def _ring(case: Case, axis: Axis) -> tuple[int, int]:
     own_copy = case.shards if case.shards > 1 else 1
     return {
         "tensor": (case.tp, 1),
+        "heads": (case.kv_copies, 1),
         "context": (case.cp, case.tp),
         "data": (case.shards, case.tp),
         "copies": (case.data_ranks // case.shards, case.tp * own_copy),
@@ -179,6 +182,28 @@ def _replicated(case: Case, layers: int, first: int, last: int) -> list[tuple[Op
         if arch.position == "learned":
             calls.append(("all-reduce", "gradient of positions", arch.max_positions * vector, first))
     return calls
+
+
+def _heads(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
+    """Copies of a key-value head sum the gradients of its weights and biases."""
+    layers = sum(case.stages.layers[stage] for stage in case.stages.stages_of(pipeline_rank))
+    rows = {"weights": case.arch.hidden_size, "biases": 1 if case.arch.linear_bias or case.arch.qkv_bias else 0}
+    return [
+        Traffic(
+            axis="heads",
+            operation="all-reduce",
+            what=f"gradients of key and value {what}",
+            payload=head_payload(case) // case.arch.hidden_size * columns,
+            calls=2 * layers * case.microbatches if columns else 0,
+            ranks=case.kv_copies,
+        )
+        for what, columns in rows.items()
+    ]
+
+
+def head_payload(case: Case) -> int:
+    """The key (or value) weight of one rank in the model's dtype."""
+    return case.kv_heads * case.arch.head_dim * case.arch.hidden_size * case.itemsize
 
 
 def _context(case: Case, pipeline_rank: int) -> Sequence[Traffic]:

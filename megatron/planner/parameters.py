@@ -11,6 +11,7 @@ from megatron.config.architecture import Architecture
 from megatron.model.gpt import GPT
 from megatron.mpu.groups import Group, ProcessGroups
 from megatron.mpu.pipeline import StageLayout
+from megatron.mpu.sharding import kv_copies
 from megatron.mpu.topology import Place, Topology
 from megatron.ops import reference_ops
 from megatron.planner.case import Case
@@ -61,12 +62,12 @@ def build_rank(case: Case, rank: int) -> list[GPT]:
     """The stages of one rank on the meta device, in any world: no other rank and no communication is needed."""
     place = case.topology.place(rank)
     return [
-        _meta_model(case.arch, rank_groups(case.topology, rank), case.stages, stage)
+        _meta_model(case.arch, rank_groups(case.topology, rank, case.kv_copies), case.stages, stage)
         for stage in case.stages.stages_of(place.pp)
     ]
 
 
-def rank_groups(topology: Topology, rank: int) -> ProcessGroups:
+def rank_groups(topology: Topology, rank: int, kv_copies: int = 1) -> ProcessGroups:
     """The groups of a rank without a communicator: enough to build a model, not to run it."""
     place = topology.place(rank)
 
@@ -77,13 +78,14 @@ def rank_groups(topology: Topology, rank: int) -> ProcessGroups:
         ranks = tuple(sorted(topology.rank(member) for member in members))
         return Group(ranks=ranks, rank=ranks.index(rank), size=len(ranks), handle=None)
 
-    everyone = tuple(range(topology.world_size))
+    everyone, tp = tuple(range(topology.world_size)), along("tp")
+    same_head = tp.ranks[tp.rank // kv_copies * kv_copies :][:kv_copies]
     cp, block = along("cp"), topology.ulysses
     return ProcessGroups(
         topology=topology,
         place=place,
         mesh=None,
-        tp=along("tp"),
+        tp=tp,
         dp=along("dp"),
         cp=cp,
         pp=along("pp"),
@@ -91,6 +93,7 @@ def rank_groups(topology: Topology, rank: int) -> ProcessGroups:
         ring=_among(cp, slice(cp.rank % block, None, block)),
         dp_cp=along("cp", "dp"),
         world=Group(ranks=everyone, rank=rank, size=len(everyone), handle=None),
+        kv_copies=Group(same_head, same_head.index(rank), kv_copies, None) if kv_copies > 1 else None,
     )
 
 
@@ -107,7 +110,7 @@ def _moved(place: Place, axis: str, at: int) -> Place:
 @functools.cache
 def _stage(arch: Architecture, tp: int, stages: StageLayout, stage: int) -> tuple[Unit, ...]:
     """The units of a stage; parameters do not depend on the data-parallel or context-parallel ranks."""
-    model = _meta_model(arch, rank_groups(Topology(tp, tp=tp), 0), stages, stage)
+    model = _meta_model(arch, rank_groups(Topology(tp, tp=tp), 0, kv_copies(arch.num_kv_heads, tp)), stages, stage)
     layers = tuple(Unit(f"layers.{number}", _shapes(layer)) for number, layer in model.layers.items())
     rest = {name: weight.shape for name, weight in model.named_parameters() if not name.startswith("layers.")}
     copied = arch.tied_embeddings and stage == stages.last > 0
@@ -117,7 +120,7 @@ def _stage(arch: Architecture, tp: int, stages: StageLayout, stage: int) -> tupl
 
 def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, stage: int) -> GPT:
     return GPT(
-        _with_own_heads(arch, groups.tp.size),
+        arch,
         ops=reference_ops(),
         groups=groups,
         layers=stages.layers_of(stage),
@@ -125,11 +128,6 @@ def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, 
         last=stage == stages.last,
         device=torch.device("meta"),
     )
-
-
-def _with_own_heads(arch: Architecture, tp: int) -> Architecture:
-    """Replicated kv heads: every rank holds one, so its shapes are those of a model with a kv head for every rank."""
-    return replace(arch, num_kv_heads=max(arch.num_kv_heads, tp))
 
 
 def _shapes(module: torch.nn.Module) -> tuple[tuple[int, ...], ...]:

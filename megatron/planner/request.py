@@ -142,16 +142,5 @@ def resolve(request: Request, changes: Mapping[str, Any] | None = None) -> Resol
     if request.rounds_batch:
         share = settings["micro_batch_size"] * settings["data_parallel_size"]
         settings["global_batch_size"] = -(-settings["global_batch_size"] // share) * share
-    impossible = list(rules.violations(settings, given))
-    replicated = _replicated_heads(settings)
-    missing = list(rules.not_yet(settings, shown))
-    if replicated:
-        missing += [problem for problem in impossible if problem.startswith(replicated)]
-        impossible = [problem for problem in impossible if not problem.startswith(replicated)]
-    return Resolved(settings=settings, impossible=tuple(impossible), missing=tuple(missing))
-
-
-def _replicated_heads(settings: Mapping[str, Any]) -> str:
-    """How the rule begins that forbids more tensor-parallel ranks than kv heads, where copies of them would do."""
-    heads, ranks = settings["num_key_value_heads"], settings["tensor_model_parallel_size"]
-    return "--num-key-value-heads " if ranks > heads and ranks % heads == 0 else ""
+    missing = tuple(rules.not_yet(settings, shown))
+    return Resolved(settings=settings, impossible=tuple(rules.violations(settings, given)), missing=missing)

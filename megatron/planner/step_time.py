@@ -17,6 +17,7 @@ from megatron.planner.communication import (
     Operation,
     context_payloads,
     data_traffic,
+    head_payload,
     hidden_payload,
     link,
     seconds,
@@ -203,6 +204,7 @@ def _layer_communication(case: Case) -> tuple[float, float, float]:
         forward += 2 * _gather(case)
         again += 2 * _gather(case)
     backward = 2 * _gather(case) if case.sequence_parallel else 0.0
+    backward += 2 * seconds(case, "heads", "all-reduce", head_payload(case))
     for products in compute.column_products(case):
         backward += _hidden_behind(case, products)
     return forward + context_forward, backward + context_backward, again + context_forward

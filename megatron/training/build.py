@@ -47,7 +47,7 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
     stages: dict[int, GPT] = {}
     for number in layout.stages_of(groups.pp.rank):
         model = _model(config, session, arch, torch.device("meta"), layout, number)
-        to_dtensors(model, groups.mesh)
+        to_dtensors(model, groups.mesh, groups.kv_mesh)
         sharded = shard_data_parallel(model, model.layers.values(), groups, settings)
         model.to_empty(device=session.device)
         _initial_weights(model, config, arch, groups)

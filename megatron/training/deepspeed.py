@@ -6,6 +6,7 @@ DeepSpeed is imported here and in `deepspeed_pipeline`, when an engine is built.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
 from megatron.model.weights import place_of
 from megatron.mpu.groups import ProcessGroups
-from megatron.mpu.sharding import shard_dim
+from megatron.mpu.sharding import is_replicated_kv, shard_dim
 from megatron.training import gradients
 from megatron.training.deepspeed_scale import read_scale, write_scale
 from megatron.training.deepspeed_state import DeepSpeedState, forget_first_step
@@ -90,9 +91,19 @@ def host_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
 
 
 def mark_split_parameters(model: nn.Module, groups: ProcessGroups) -> None:
-    """Tell DeepSpeed which parameters are split over the tensor-parallel ranks; they are named logically."""
+    """Note down which parameters are split over the tensor-parallel ranks, and how many hold the same (`holders`).
+
+    They are named logically. DeepSpeed's norm counts split parameters on every tensor-parallel rank and the others on
+    the first one, so of the copies of a key-value head the first is called split.
+    """
+    copies, ranks = groups.kv_copies, groups.dp_cp.size
     for name, parameter in model.named_parameters():
-        parameter.tensor_model_parallel = groups.tp.size > 1 and shard_dim(name) is not None  # type: ignore[attr-defined]
+        split = groups.tp.size > 1 and shard_dim(name) is not None
+        holders = ranks if split else ranks * groups.tp.size
+        if copies is not None and is_replicated_kv(name, copies.size):
+            split, holders = copies.rank == 0, ranks * copies.size
+        parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+        parameter.holders = holders  # type: ignore[attr-defined]
 
 
 class DeepSpeedEngine:
@@ -181,13 +192,13 @@ class DeepSpeedEngine:
         """L2 norm of all parameters; see `Engine`. Under stage 3 parameters are gathered one after the other."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        copies = self._new_copies()
+        copies: dict[int, list[torch.Tensor]] = defaultdict(list)
         for parameter in self.engine.module.parameters():
             if getattr(parameter, "ds_pipe_replicated", False):
                 continue
             gathered = self.engine.zero_optimization_partition_weights()
             value = safe_get_full_fp32_param(parameter) if gathered else parameter.detach()
-            copies[self._holders(parameter)].append(value)
+            copies[parameter.holders].append(value)
         return self._norm(copies)
 
     def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
@@ -239,20 +250,11 @@ class DeepSpeedEngine:
         """Norm of the gradients where DeepSpeed leaves them as they are (stage 0 in float32) and keeps no norm."""
         if self.engine.zero_optimization() or self.engine.fp16_enabled() or self.engine.bfloat16_enabled():
             return None
-        copies = self._new_copies()
+        copies: dict[int, list[torch.Tensor]] = defaultdict(list)
         for parameter in self.engine.module.parameters():
             if parameter.grad is not None:
-                copies[self._holders(parameter)].append(parameter.grad)
+                copies[parameter.holders].append(parameter.grad)
         return self._norm(copies)
 
-    def _new_copies(self) -> dict[int, list[torch.Tensor]]:
-        return {self._groups.world.size // self._groups.pp.size: [], self._groups.dp.size: []}
-
-    def _holders(self, parameter: nn.Parameter) -> int:
-        """Number of ranks that hold the same elements of this parameter."""
-        split = getattr(parameter, "tensor_model_parallel", False)
-        return self._groups.dp.size if split else self._groups.world.size // self._groups.pp.size
-
     def _norm(self, copies: gradients.ByCopies) -> float:
-        filled = {holders: tensors for holders, tensors in copies.items() if tensors}
-        return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(filled, self._device)).item())
+        return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from megatron.training.engine import StepSettings
 
@@ -14,15 +15,19 @@ from megatron.training.engine import StepSettings
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
     """Two groups as in Megatron: weights, which decay, and biases and norm weights (one axis), which do not.
 
-    `wd_mult` is what the scheduled weight decay is multiplied by.
+    `wd_mult` is what the scheduled weight decay is multiplied by. DTensors of another mesh (copies of key-value heads)
+    are groups of their own, because one fused operation takes those of one mesh.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    decayed: dict[Any, list[nn.Parameter]] = {}
+    free: dict[Any, list[nn.Parameter]] = {}
     for _, parameter in named_parameters:
         if parameter.requires_grad:
-            (decayed if parameter.dim() > 1 else free).append(parameter)
-    groups = ({"params": decayed, "wd_mult": 1.0}, {"params": free, "wd_mult": 0.0, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            (decayed if parameter.dim() > 1 else free).setdefault(mesh, []).append(parameter)
+    return [
+        *({"params": group, "wd_mult": 1.0} for group in decayed.values()),
+        *({"params": group, "wd_mult": 0.0, "weight_decay": 0.0} for group in free.values()),
+    ]
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:

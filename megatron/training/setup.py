@@ -58,7 +58,12 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         pp=parallel.pipeline_model_parallel_size,
         ulysses=parallel.ulysses_parallel_size,
     )
-    groups = build_groups(topology, accelerator.torch_device_type, dp_replicas=_replicas(config, topology))
+    groups = build_groups(
+        topology,
+        accelerator.torch_device_type,
+        dp_replicas=_replicas(config, topology),
+        kv_copies=parallel.kv_replicator,
+    )
     printers = Printers.of(dist.get_rank(), dist.get_world_size())
     for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
         printers.rank0(line)

@@ -66,9 +66,15 @@ TABLE = [
     ),
     (
         M.kv_heads_split,
-        "--tensor-model-parallel-size 4 --num-query-groups 2",
+        "--tensor-model-parallel-size 4 --num-attention-heads 12 --hidden-size 96 --num-query-groups 6",
         "",
-        "--num-key-value-heads 2: --tensor-model-parallel-size 4",
+        "--num-key-value-heads 6: multiple of --tensor-model-parallel-size 4 divide",
+    ),
+    (
+        M.kv_copies_are_those_needed,
+        "--tensor-model-parallel-size 4 --num-query-groups 2 --kv_replicator 4",
+        "",
+        "--kv-replicator 4: must be 2 --num-key-value-heads 2 --tensor-model-parallel-size 4",
     ),
     (
         M.ffn_splits,

@@ -12,7 +12,9 @@ from megatron.config.architecture import Architecture, RopeScaling
 from megatron.model.gpt import GPT, ModelInputs
 from megatron.model.weights import initialise_parameters
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
-from megatron.mpu.groups import ProcessGroups, single_process
+from megatron.mpu.groups import ProcessGroups, build_groups, single_process
+from megatron.mpu.sharding import is_replicated_kv, kv_copies
+from megatron.mpu.topology import Topology
 from megatron.ops import reference_ops
 
 SEED = 1234
@@ -32,10 +34,10 @@ _TINY = Architecture(
 _GPT = {"norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True, "tied_embeddings": True}
 
 FAMILIES: dict[str, Architecture] = {
-    "llama": replace(_TINY, rope_scaling=RopeScaling(factor=4.0, original_max_positions=16)),
+    "llama": replace(_TINY, num_kv_heads=2, rope_scaling=RopeScaling(factor=4.0, original_max_positions=16)),
     "gpt": replace(_TINY, position="learned", **_GPT),
     "bloom": replace(_TINY, position="alibi", embedding_norm=True, ffn_hidden_size=128, **_GPT),
-    "qwen": replace(_TINY, qkv_bias=True, qk_norm=True, tied_embeddings=True),
+    "qwen": replace(_TINY, num_kv_heads=1, qkv_bias=True, qk_norm=True, tied_embeddings=True),
     "variants": replace(
         _TINY,
         norm="layernorm",
@@ -50,7 +52,12 @@ FAMILIES: dict[str, Architecture] = {
         sliding_window=5,
     ),
 }
-"""All tensor-parallel degrees up to 4 divide these; their vocabulary is padded to 96 rows."""
+"""Tensor-parallel degrees up to 4 divide these, with copies of key-value heads; the vocabulary is padded to 96 rows."""
+
+
+def groups_for(arch: Architecture, topology: Topology) -> ProcessGroups:
+    """The groups of this process, those of copied key-value heads included."""
+    return build_groups(topology, "cpu", kv_copies=kv_copies(arch.num_kv_heads, topology.tp))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -89,7 +96,9 @@ def perturb(model: GPT, groups: ProcessGroups) -> None:
             if parameter.dim() == 1:
                 logical = torch.arange(4096, dtype=parameter.dtype)
                 split = name.endswith(("query.bias", "key.bias", "value.bias", "gate.bias", "up.bias"))
-                start = groups.tp.rank * parameter.numel() if split else 0
+                copies = groups.kv_copies.size if groups.kv_copies else 1
+                rank = groups.tp.rank // copies if is_replicated_kv(name, copies) else groups.tp.rank
+                start = rank * parameter.numel() if split else 0
                 parameter.add_(0.1 * torch.sin(logical[start : start + parameter.numel()] + len(name)))
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.data.batch import Batch, own_tokens
 from megatron.model.gpt import RecomputePlan
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
-from megatron.mpu.groups import ProcessGroups, build_groups, single_process
-from megatron.mpu.sharding import shard_dim
+from megatron.mpu.groups import ProcessGroups, build_groups, single_process, with_kv_copies
+from megatron.mpu.sharding import is_replicated_kv, kv_copies, shard_dim
 from megatron.mpu.topology import Topology
 from megatron.ops import reference_ops
 from megatron.training.step import model_inputs
@@ -78,8 +78,12 @@ def _run(case: Case, groups: ProcessGroups) -> Result:
 
 
 def _run_all() -> list[Result]:
-    groups = {name: build_groups(topology, "cpu") for name, topology in LAYOUTS.items()}
-    return [_run(case, groups[case[1]]) for case in CASES]
+    plain = {name: build_groups(topology, "cpu") for name, topology in LAYOUTS.items()}
+    return [_run(case, with_kv_copies(plain[case[1]], _copies(case[0], case[1]))) for case in CASES]
+
+
+def _copies(family: str, layout: str) -> int:
+    return kv_copies(FAMILIES[family].num_kv_heads, LAYOUTS[layout].tp)
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +93,12 @@ def shared() -> dict[int, list[Result]]:
     return {at: [ranks[0][at], ranks[1][at]] for at in range(len(CASES))}
 
 
-def _joined(parts: list[dict[str, np.ndarray]], tp: int) -> dict[str, torch.Tensor]:
+def _joined(parts: list[dict[str, np.ndarray]], tp: int, copies: int) -> dict[str, torch.Tensor]:
     """Logical gradients from those of the tensor-parallel ranks."""
     whole = {}
     for name, gradient in parts[0].items():
-        dim = shard_dim(name)
-        joined = gradient if tp == 1 or dim is None else np.concatenate([part[name] for part in parts], dim)
+        dim, alike = shard_dim(name), copies if is_replicated_kv(name, copies) else 1
+        joined = gradient if tp == 1 or dim is None else np.concatenate([part[name] for part in parts[::alike]], dim)
         whole[name] = torch.from_numpy(joined)
     return whole
 
@@ -104,7 +108,7 @@ def test_shared_sequences_equal_one_process(at: int, shared: dict[int, list[Resu
     family, layout, documents, _ = CASES[at]
     loss, gradients = _run((family, "", documents, RecomputePlan()), single_process())
     expected = {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}
-    found = _joined([result[1] for result in shared[at]], LAYOUTS[layout].tp)
+    found = _joined([result[1] for result in shared[at]], LAYOUTS[layout].tp, _copies(family, layout))
     assert shared[at][0][0] == pytest.approx(loss, rel=TOLERANCE)
     errors = gradient_errors(found, expected)
     print(f"{max(errors.values()):.1e}")

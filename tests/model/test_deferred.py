@@ -9,9 +9,9 @@ import torch
 from megatron.model.gpt import RecomputePlan
 from megatron.model.inputs import ModelInputs
 from megatron.mpu.deferred import DeferredGradients
-from megatron.mpu.groups import ProcessGroups, build_groups, single_process
+from megatron.mpu.groups import ProcessGroups, single_process
 from megatron.mpu.topology import Topology
-from tests.model.helpers import FAMILIES, build, loss_of
+from tests.model.helpers import FAMILIES, build, groups_for, loss_of, tokens_of
 from tests.support import run_ranks
 
 TP = 2
@@ -68,8 +68,8 @@ def test_one_process(family: str, plan: str) -> None:
 
 
 def _all_families() -> None:
-    groups = build_groups(Topology(TP, tp=TP), "cpu")
     for family in FAMILIES:
+        groups = groups_for(FAMILIES[family], Topology(TP, tp=TP))
         for plan in ("kept", "full"):
             for sequence_parallel in (False, True):
                 _agree(family, plan, groups, sequence_parallel)
@@ -78,6 +78,12 @@ def _all_families() -> None:
 @pytest.mark.slow
 def test_tensor_and_sequence_parallel() -> None:
     run_ranks(TP, _all_families)
+
+
+def test_logits_are_no_view() -> None:
+    """FSDP warns of modules that return one."""
+    logits = build(FAMILIES["llama"], deferred=DeferredGradients())(tokens_of(FAMILIES["llama"])[0], ModelInputs())
+    assert logits.requires_grad and logits._base is None
 
 
 def test_nothing_is_noted_down_without_gradients() -> None:

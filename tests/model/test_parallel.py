@@ -13,10 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from megatron.model.gpt import GPT, ModelInputs, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
 from megatron.mpu.groups import ProcessGroups, build_groups, single_process
-from megatron.mpu.sharding import shard_dim
+from megatron.mpu.sharding import is_replicated_kv, kv_copies, shard_dim
 from megatron.mpu.topology import Topology
 from megatron.ops import reference_ops
-from tests.model.helpers import FAMILIES, SEED, build, gradient_errors, loss_of, relative_error
+from tests.model.helpers import FAMILIES, SEED, build, gradient_errors, groups_for, loss_of, relative_error
 from tests.support import run_ranks
 
 WORLD = 4
@@ -35,8 +35,8 @@ Result = tuple[float, dict[str, np.ndarray]]
 
 def _run(family: str, kind: str, tp: int = 1, sequence_parallel: bool = False) -> Result:
     """Loss, and this rank's gradients."""
-    groups = build_groups(Topology(WORLD, tp=tp), "cpu") if tp > 1 else single_process()
     arch = FAMILIES[family]
+    groups = groups_for(arch, Topology(WORLD, tp=tp)) if tp > 1 else single_process()
     if kind == "dropout":  # masks of attention weights depend on how heads are split
         arch = replace(arch, hidden_dropout=0.2)
     model = build(arch, groups, sequence_parallel=sequence_parallel, dtype=torch.float64).train()
@@ -49,17 +49,15 @@ def _run_all(cases: list[tuple[str, str, int, bool]]) -> list[Result]:
     return [_run(*case) for case in cases]
 
 
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Logical gradients from those of the ranks of one tensor-parallel group."""
+def _joined(parts: list[dict[str, np.ndarray]], copies: int) -> dict[str, torch.Tensor]:
+    """Logical gradients from those of the ranks of one tensor-parallel group, with copies of key-value heads."""
     result = {}
     for name in parts[0]:
         dim = shard_dim(name)
-        if dim is None:
-            for part in parts[1:]:
-                np.testing.assert_allclose(part[name], parts[0][name], rtol=0, atol=1e-12)
-        result[name] = torch.from_numpy(
-            parts[0][name] if dim is None else np.concatenate([part[name] for part in parts], axis=dim)
-        )
+        alike = len(parts) if dim is None else copies if is_replicated_kv(name, copies) else 1
+        for at, part in enumerate(parts):
+            np.testing.assert_allclose(part[name], parts[at // alike * alike][name], rtol=0, atol=1e-12)
+        result[name] = torch.from_numpy(np.concatenate([part[name] for part in parts[::alike]], axis=dim or 0))
     return result
 
 
@@ -87,24 +85,25 @@ def test_tensor_parallel_equals_one_process(family: str, kind: str, parallel: di
             continue  # each rank then draws the masks of its own tokens
         ranks = parallel[family, kind, tp, sequence_parallel]
         assert [rank[0] for rank in ranks] == pytest.approx([loss] * WORLD, rel=TOLERANCE)
-        errors = gradient_errors(_joined([rank[1] for rank in ranks[:tp]]), expected)
+        copies = kv_copies(FAMILIES[family].num_kv_heads, tp)
+        errors = gradient_errors(_joined([rank[1] for rank in ranks[:tp]], copies), expected)
         print(f"{family} {kind} TP{tp} SP={sequence_parallel}: {max(errors.values()):.1e}")
         assert max(errors.values()) < TOLERANCE, errors
 
 
 def _fully_shard(model: GPT, groups: ProcessGroups) -> None:
     assert groups.mesh is not None
-    to_dtensors(model, groups.mesh)
+    to_dtensors(model, groups.mesh, groups.kv_mesh)
     for module in (*model.layers.values(), model):
         fully_shard(module, mesh=groups.data_parallel_mesh())
 
 
 def _fully_sharded(families: list[str], recompute: RecomputePlan) -> list[Result]:
     """Mean loss and all gradients at DP2 x TP2, each data-parallel rank with a batch of its own."""
-    groups = build_groups(Topology(WORLD, tp=2), "cpu")
     results = []
     for family in families:
         arch = FAMILIES[family]
+        groups = groups_for(arch, Topology(WORLD, tp=2))
         model = build(arch, groups, sequence_parallel=True, dtype=torch.float64, recompute=recompute).train()
         _fully_shard(model, groups)
         loss = loss_of(model, arch, groups, ModelInputs(), seed=groups.dp.rank)
@@ -136,7 +135,8 @@ def test_fsdp_over_dtensors_equals_one_process(recompute: RecomputePlan) -> None
 
 
 def _sharded_before_initialisation() -> dict[str, np.ndarray]:
-    groups, arch = build_groups(Topology(WORLD, tp=2), "cpu"), FAMILIES["gpt"]
+    arch = FAMILIES["qwen"]
+    groups = groups_for(arch, Topology(WORLD, tp=2))
     model = GPT(arch, ops=reference_ops(), groups=groups, device=torch.device("meta"))
     _fully_shard(model, groups)
     model.to_empty(device="cpu")
@@ -146,7 +146,7 @@ def _sharded_before_initialisation() -> dict[str, np.ndarray]:
 
 def test_weights_of_a_model_sharded_on_the_meta_device_are_the_same() -> None:
     """A model too large for one device is sharded before it has weights."""
-    arch = FAMILIES["gpt"]
+    arch = FAMILIES["qwen"]
     weights = run_ranks(WORLD, _sharded_before_initialisation)[0]
     expected = GPT(arch, ops=reference_ops(), groups=single_process())
     initialise_parameters(expected, arch, single_process(), SEED)
@@ -156,14 +156,17 @@ def test_weights_of_a_model_sharded_on_the_meta_device_are_the_same() -> None:
 
 @pytest.mark.slow
 def test_parameters_that_do_not_divide_are_refused() -> None:
-    message = r"--tensor-model-parallel-size is 4, but the model has 2 kv heads \(--num-key-value-heads\)"
-    run_ranks(WORLD, _refused, message)
+    run_ranks(WORLD, _refused)
 
 
-def _refused(message: str) -> None:
+def _refused() -> None:
     groups = build_groups(Topology(WORLD, tp=4), "cpu")
-    with pytest.raises(ValueError, match=message):
-        GPT(replace(FAMILIES["llama"], num_kv_heads=2), ops=reference_ops(), groups=groups)
+    with pytest.raises(ValueError, match="--tensor-model-parallel-size is 4, but the model has 90 feed-forward"):
+        GPT(replace(FAMILIES["gpt"], ffn_hidden_size=90), ops=reference_ops(), groups=groups)
+    with pytest.raises(ValueError, match=r"6 key-value heads \(--num-key-value-heads\) and 4 ranks"):
+        GPT(replace(FAMILIES["gpt"], num_heads=12, num_kv_heads=6), ops=reference_ops(), groups=groups)
+    with pytest.raises(ValueError, match="2 kv heads on 4 ranks need 2 copies, the groups have 1"):
+        GPT(FAMILIES["llama"], ops=reference_ops(), groups=groups)
 
 
 def test_relative_error_sees_a_difference() -> None:

@@ -30,6 +30,7 @@ MODELS = {
     "recomputed in one group": {"recompute": RecomputePlan(granularity="full", num_layers=3)},
     "first two recomputed": {"recompute": RecomputePlan(granularity="full", method="block", num_layers=2)},
     "recomputed, sequence parallel": {"recompute": FULL, "sequence_parallel": True},
+    "copies of kv heads": {"arch": {"num_kv_heads": 2, "qkv_bias": True}, "sequence_parallel": True},
     "gpt2, sequence parallel": {"arch": GPT2 | {"qk_norm": True, "embedding_norm": True}, "sequence_parallel": True},
 }
 
@@ -44,7 +45,7 @@ def _collectives_of_the_model(plan) -> Counter:
     """Those of one micro-batch, forward and backward."""
     ops, _ = build_table(load("cpu"), {"attention": "sdpa"})
     with fake_world(4):
-        groups = build_groups(plan.topology, "cpu")
+        groups = build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies)
         model = GPT(
             plan.arch,
             ops=ops,

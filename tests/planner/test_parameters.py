@@ -26,11 +26,11 @@ def _plan(flags, world):
 
 @pytest.mark.parametrize("rank", [0, 5, 11, 15])
 def test_groups_are_those_of_a_real_world(rank):
-    topology = Topology(16, tp=2, pp=2, cp=2)
-    mine = rank_groups(topology, rank)
+    topology = Topology(16, tp=4, pp=2, cp=2)
+    mine = rank_groups(topology, rank, kv_copies=2)
     with fake_world(16, rank):
-        real = build_groups(topology, "cpu")
-    for axis in ("tp", "cp", "dp", "pp", "dp_cp", "world"):
+        real = build_groups(topology, "cpu", kv_copies=2)
+    for axis in ("tp", "cp", "dp", "pp", "dp_cp", "world", "kv_copies"):
         found, expected = getattr(mine, axis), getattr(real, axis)
         assert (found.ranks, found.rank, found.size) == (expected.ranks, expected.rank, expected.size)
     assert mine.place == real.place

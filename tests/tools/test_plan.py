@@ -59,9 +59,10 @@ def test_planned_layouts_fit(name):
     assert "tokens/s per rank" in text
 
 
-def test_training_is_said_to_refuse_what_it_refuses():
-    _, text = _run(CASES["LLaMA-3.1 70B on 32 trn1 nodes"])
-    assert "training refuses this today: --num-key-value-heads 8" in text
+def test_copies_of_key_value_heads_are_planned():
+    _, text = _run(CASES["LLaMA-3.1 70B on 32 trn1 nodes"] + " --kv_replicator 4")
+    assert "training refuses" not in text
+    assert re.search(r"heads +all-reduce +gradients of key and value weights +4 ", text), text
 
 
 def test_a_large_world_in_time_and_memory():

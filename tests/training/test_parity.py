@@ -19,6 +19,11 @@ FURTHER = tuple(
     for engine in layout.engines
     if ("DP" in layout.name or engine in TELLING) and (layout.name, engine) not in QUICK
 )
+COPIES_OF_HEADS = (
+    *(("TP4 SP, 2 kv heads", engine) for engine in ("native stage 1", "DeepSpeed ZeRO-3")),
+    *(("TP2 SP DP2, 1 kv head", engine) for engine in ("native stage 3", "DeepSpeed ZeRO-0", "DeepSpeed ZeRO-2")),
+    *(("PP2 TP2 SP, 1 kv head", "DeepSpeed ZeRO-1"), ("PP2 TP2 zero-bubble, 1 kv head", "native stage 1")),
+)
 
 
 @pytest.mark.parametrize(("layout", "engine"), QUICK)
@@ -27,7 +32,7 @@ def test_layout_equals_one_process(layout: str, engine: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "engine"), FURTHER)
+@pytest.mark.parametrize(("layout", "engine"), FURTHER + COPIES_OF_HEADS)
 def test_every_layout_and_engine_equals_one_process(layout: str, engine: str) -> None:
     assert agrees(layout_of(layout), engine, SHORT)
 
