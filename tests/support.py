@@ -24,11 +24,38 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _context() -> multiprocessing.context.ForkServerContext:
-    """Workers are forked from a server that has imported torch once: a worker then starts in milliseconds."""
+_PRELOAD = ("torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp")
+
+
+def worker_context(*modules: str) -> multiprocessing.context.ForkServerContext:
+    """Workers are forked from a server that has imported torch, and `modules`, once: one then starts in milliseconds.
+
+    The first call in a test process decides what is imported.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp"])
+    context.set_forkserver_preload([*_PRELOAD, *modules])
     return context
+
+
+def rank_process(main: Callable[[], None], rank: int, world_size: int, port: int, output: str) -> None:
+    """One rank as a launcher would start it: `run_to_exit` around `main`, what it prints in a file."""
+    from megatron.training.failures import run_to_exit
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    run_to_exit(main)
 
 
 def _worker(
@@ -90,7 +117,7 @@ def run_ranks(
     Raises:
         AssertionError: with the traceback of the first rank that failed, or the ranks that did not answer in time.
     """
-    context = _context()
+    context = worker_context()
     port = free_port()
     processes: list[BaseProcess] = []
     answers: list[multiprocessing.connection.Connection] = []

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from megatron.checkpoint.folder import latest, list_checkpoints
+from megatron.checkpoint.location import Location, location
 from megatron.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatron.checkpoint.verify import file_faults, index_faults, tensor_reports
 
@@ -20,11 +20,11 @@ from megatron.checkpoint.verify import file_faults, index_faults, tensor_reports
 def main() -> int:
     """Check one checkpoint and print what it holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of a run's checkpoints, or one checkpoint in it")
+    parser.add_argument("folder", help="folder or URL of a run's checkpoints, or of one checkpoint")
     parser.add_argument("--iteration", type=int, help="which checkpoint; default: the one a run would resume from")
     args = parser.parse_args()
     try:
-        path = chosen(args.folder, args.iteration)
+        path = chosen(location(args.folder), args.iteration)
     except CorruptCheckpoint as error:
         print(f"DAMAGED: {error}")
         return 1
@@ -40,7 +40,7 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def chosen(folder: Path, iteration: int | None) -> Path:
+def chosen(folder: Location, iteration: int | None) -> Location:
     """The checkpoint that is meant.
 
     Raises:
@@ -58,7 +58,7 @@ def chosen(folder: Path, iteration: int | None) -> Path:
     raise CheckpointError(message) if iteration is not None else CorruptCheckpoint(message)
 
 
-def report(path: Path, manifest: Manifest) -> list[str]:
+def report(path: Location, manifest: Manifest) -> list[str]:
     """Print the tables and return what is wrong."""
     size = sum(record.bytes for record in manifest.files.values())
     print(f"{path}: iteration {manifest.iteration}, {len(manifest.files)} files, {size / 1e6:.1f} MB, ", end="")

@@ -5,12 +5,14 @@ docs/checkpoints.md describes the format and what is guaranteed.
 """
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint, SaveError
-from megatron.checkpoint.folder import iteration_of_tag, latest, list_checkpoints
+from megatron.checkpoint.folder import holds_checkpoint, iteration_of_tag, latest, list_checkpoints
 from megatron.checkpoint.load import Loaded, load, load_directory, read_record
 from megatron.checkpoint.optimizer import make_state, optimizer_tensors
 from megatron.checkpoint.parts import Parts, Place, Stored
 from megatron.checkpoint.publish import check_writable
+from megatron.checkpoint.ranks import on_first_rank
 from megatron.checkpoint.save import TrainingState, save, save_directory
+from megatron.checkpoint.saver import Saver, SaveSettings
 
 __all__ = [
     "CheckpointError",
@@ -21,14 +23,18 @@ __all__ = [
     "Place",
     "SaveError",
     "Stored",
+    "SaveSettings",
+    "Saver",
     "TrainingState",
     "check_writable",
+    "holds_checkpoint",
     "iteration_of_tag",
     "latest",
     "list_checkpoints",
     "load",
     "load_directory",
     "make_state",
+    "on_first_rank",
     "optimizer_tensors",
     "read_record",
     "save",

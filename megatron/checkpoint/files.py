@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
+
+from megatron.checkpoint.location import Location, RemotePath
 
 _READ_BYTES = 1 << 20
 # Below this handing the data to another thread costs more than hashing it.
@@ -26,8 +28,10 @@ class FileRecord:
     sha256: str
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
+def sync_folder(folder: Location) -> None:
+    """Make the names in a folder survive a power failure; elsewhere a file that was closed does."""
+    if isinstance(folder, RemotePath):
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -35,31 +39,35 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, data: bytes) -> FileRecord:
+def write_synced(path: Location, data: bytes) -> FileRecord:
     """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if isinstance(path, Path):
+            os.fsync(file.fileno())
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-def replace_synced(path: Path, data: bytes) -> None:
+def replace_synced(path: Location, data: bytes) -> None:
     """Give a file new contents: whoever reads it sees the old or the new ones, never a part."""
+    if isinstance(path, RemotePath):
+        write_synced(path, data)
+        return
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     write_synced(temporary, data)
     temporary.replace(path)
     sync_folder(path.parent)
 
 
-def record_of(path: Path, *, sync: bool = False) -> FileRecord:
+def record_of(path: Location, *, sync: bool = False) -> FileRecord:
     """Length and hash of a file as it is; with `sync`, meanwhile wait until it is on the disk."""
     digest = hashlib.sha256()
     length = 0
     buffer = memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(os.fsync, file.fileno()) if sync else None
-        while count := file.readinto(buffer):
+        synced = pool.submit(os.fsync, file.fileno()) if sync and isinstance(path, Path) else None
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             length += count
         if synced is not None:
@@ -67,16 +75,18 @@ def record_of(path: Path, *, sync: bool = False) -> FileRecord:
     return FileRecord(length, digest.hexdigest())
 
 
-def drop_from_cache(path: Path) -> None:
+def drop_from_cache(path: Location) -> None:
     """Ask the system to forget its copy of a synced file, so that the next reader gets what the disk holds."""
-    if not hasattr(os, "posix_fadvise"):  # macOS: the copy in memory is read instead
+    if isinstance(path, RemotePath) or not hasattr(os, "posix_fadvise"):  # macOS: the copy in memory is read instead
         return
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def files_below(folder: Path) -> dict[str, int]:
+def files_below(folder: Location) -> dict[str, int]:
     """Bytes of every file below a folder, by its path relative to the folder with forward slashes."""
+    if isinstance(folder, RemotePath):
+        return folder.sizes_below()
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -100,9 +110,9 @@ class HashingFile:
     Errors of the system carry the file's name, which those of `write` lack otherwise.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self._path = path
-        self._file: BinaryIO = path.open("wb")
+        self._file: IO[bytes] = path.open("wb")
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._pool = ThreadPoolExecutor(1)
@@ -142,7 +152,10 @@ class HashingFile:
             return
         self.flush()
         try:
-            os.fsync(self._file.fileno())
+            if isinstance(self._path, Path):
+                os.fsync(self._file.fileno())
+            else:
+                self._file.close()  # only now the store has the file
         except OSError as error:
             raise self._named(error) from None
         self.abandon()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.files import share_of
 from megatron.checkpoint.folder import folder_of, latest, list_checkpoints
+from megatron.checkpoint.location import Location, location
 from megatron.checkpoint.manifest import (
     PROGRESS,
     RUN,
@@ -48,7 +49,7 @@ class Loaded:
     progress: dict[str, Any]
     run: dict[str, Any]
     iteration: int
-    path: Path
+    path: Location
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def load(
     ranks = Ranks.of(group)
     wanted = {name: tensor for name, tensor in into.items() if sections is None or name.split(".")[0] in sections}
 
-    def attempt(path: Path) -> Loaded:
+    def attempt(path: Location) -> Loaded:
         opened = _open(path, "tensors", verify, ranks)
         fitting = _fitting(opened, wanted, sections, strict, vocab_size, ranks, log)
         _read(opened, fitting, ranks)
@@ -131,7 +132,7 @@ def read_record(
     Arguments, result and errors are those of `load`.
     """
     ranks = Ranks.of(group)
-    candidates = ranks.first(lambda: _candidates(Path(root), iteration, fallback=False, log=print))
+    candidates = ranks.first(lambda: _candidates(location(root), iteration, fallback=False, log=print))
     return _open(candidates[0][1], None, False, ranks).loaded if candidates else None
 
 
@@ -139,12 +140,12 @@ def _with_messages(
     root: str | Path,
     iteration: int | None,
     fallback: bool,
-    attempt: Callable[[Path], Loaded],
+    attempt: Callable[[Location], Loaded],
     ranks: Ranks,
     log: Log,
 ) -> Loaded | None:
     """Attempt the candidates in order; every rank sees the same outcome of each."""
-    candidates = ranks.first(lambda: _candidates(Path(root), iteration, fallback=fallback, log=log))
+    candidates = ranks.first(lambda: _candidates(location(root), iteration, fallback=fallback, log=log))
     for index, (number, path) in enumerate(candidates, start=1):
         try:
             _say(ranks, log, f" loading checkpoint from {root} at iteration {number}")
@@ -164,7 +165,7 @@ def _say(ranks: Ranks, log: Log, message: str) -> None:
         log(message)
 
 
-def _candidates(root: Path, iteration: int | None, *, fallback: bool, log: Log) -> list[tuple[int, Path]]:
+def _candidates(root: Location, iteration: int | None, *, fallback: bool, log: Log) -> list[tuple[int, Location]]:
     """The checkpoint to load and, with `fallback`, the older ones after it, newest first; empty if there is none."""
     present = list_checkpoints(root)
     try:
@@ -183,7 +184,7 @@ def _candidates(root: Path, iteration: int | None, *, fallback: bool, log: Log) 
     return [(chosen, present.get(chosen, folder_of(root, chosen))), *(older if fallback else [])]
 
 
-def _open(path: Path, payload: str | None, verify: bool, ranks: Ranks) -> _Opened:
+def _open(path: Location, payload: str | None, verify: bool, ranks: Ranks) -> _Opened:
     """Read what is said about a checkpoint and check its files.
 
     Raises:

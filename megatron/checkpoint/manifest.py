@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron.checkpoint.errors import CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.files import FileRecord, record_of
+from megatron.checkpoint.location import Location
 
 FORMAT = "megatron checkpoint"
 VERSION = 1
@@ -68,7 +68,7 @@ def _hash_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
@@ -98,13 +98,13 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _why_no_manifest(folder: Path) -> str:
+def _why_no_manifest(folder: Location) -> str:
     if not folder.is_dir():
         return f"{folder} does not exist"
     return f"{folder} has no {MANIFEST}: it is incomplete, or a checkpoint of another program that must be converted"
 
 
-def check_presence(folder: Path, manifest: Manifest) -> None:
+def check_presence(folder: Location, manifest: Manifest) -> None:
     """Check that every file is there with its length, and the contents of the small ones.
 
     Raises:
@@ -125,7 +125,7 @@ def check_presence(folder: Path, manifest: Manifest) -> None:
         raise CorruptCheckpoint(f"{folder} is damaged: {'; '.join(faults)}")
 
 
-def content_faults(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+def content_faults(folder: Location, files: Mapping[str, FileRecord]) -> list[str]:
     """Read files and describe each whose contents are not what was written."""
     faults = []
     for name, record in files.items():

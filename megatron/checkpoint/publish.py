@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.checkpoint import folder
 from megatron.checkpoint.errors import CheckpointError, CorruptCheckpoint, SaveError
 from megatron.checkpoint.files import FileRecord, drop_from_cache, files_below, sync_folder, write_synced
+from megatron.checkpoint.location import Location, RemotePath, location
 from megatron.checkpoint.manifest import (
     MANIFEST,
     PROGRESS,
@@ -63,15 +64,15 @@ class Draft:
         progress, run: as in `TrainingState`.
     """
 
-    root: Path
+    root: Location
     iteration: int
     payload: Payload
-    write: Callable[[Path], Written]
+    write: Callable[[Location], Written]
     progress: Mapping[str, Any]
     run: Mapping[str, Any]
 
     @property
-    def final(self) -> Path:
+    def final(self) -> Location:
         """Where it will be found."""
         return folder.folder_of(self.root, self.iteration)
 
@@ -84,7 +85,7 @@ class Retention:
     retain_interval: int | None
 
 
-def publish(draft: Draft, retention: Retention, *, verify: bool, ranks: Ranks, log: Log) -> Path:
+def publish(draft: Draft, retention: Retention, *, verify: bool, ranks: Ranks, log: Log) -> Location:
     """Write a checkpoint and make it the one to resume from. Called by all ranks.
 
     Args:
@@ -115,17 +116,15 @@ def _say_nothing(_: str) -> None:
     pass
 
 
-def _begin(draft: Draft, retention: Retention) -> Path:
-    """First rank: everything that can be wrong before a byte is written; then the temporary folder."""
+def _begin(draft: Draft, retention: Retention) -> Location:
+    """First rank: everything that can be wrong before a byte is written; then the folder to write to."""
     folder.obsolete([], 0, keep_last=retention.keep_last, retain_interval=retention.retain_interval)
     _documents(draft)
     draft.root.mkdir(parents=True, exist_ok=True)
     folder.tidy(draft.root)
     if draft.final.exists() and draft.iteration not in folder.list_checkpoints(draft.root):
         raise SaveError(f"{draft.final} is there already and is not a checkpoint of this format, so it is not replaced")
-    temporary = folder.aside(draft.final, "tmp")
-    temporary.mkdir()
-    return temporary
+    return folder.begin(draft.root, draft.iteration)
 
 
 def _documents(draft: Draft) -> dict[str, bytes]:
@@ -135,7 +134,7 @@ def _documents(draft: Draft) -> dict[str, bytes]:
     }
 
 
-def _write(draft: Draft, temporary: Path, verify: bool, ranks: Ranks) -> None:
+def _write(draft: Draft, temporary: Location, verify: bool, ranks: Ranks) -> None:
     ranks.each(lambda: _wait_for(temporary))
     own = draft.write(temporary)
     if verify:
@@ -144,7 +143,9 @@ def _write(draft: Draft, temporary: Path, verify: bool, ranks: Ranks) -> None:
     ranks.first(lambda: _finish(draft, temporary, written))
 
 
-def _wait_for(path: Path) -> None:
+def _wait_for(path: Location) -> None:
+    if isinstance(path, RemotePath):  # an empty folder may not exist there at all
+        return
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     while not path.is_dir():
         if time.monotonic() > deadline:
@@ -155,14 +156,14 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def _read_back(temporary: Path, files: Mapping[str, FileRecord]) -> None:
+def _read_back(temporary: Location, files: Mapping[str, FileRecord]) -> None:
     for name in files:
         drop_from_cache(temporary / name)
     if faults := content_faults(temporary, files):
         raise CorruptCheckpoint(f"what was read back is not what was written: {'; '.join(faults)}")
 
 
-def _finish(draft: Draft, temporary: Path, written: Iterable[Written]) -> None:
+def _finish(draft: Draft, temporary: Location, written: Iterable[Written]) -> None:
     """First rank, when all files are on the disk: manifest, name, tracker."""
     files = {name: write_synced(temporary / name, data) for name, data in _documents(draft).items()}
     tensors: dict[str, TensorRecord] = {}
@@ -177,9 +178,10 @@ def _finish(draft: Draft, temporary: Path, written: Iterable[Written]) -> None:
         wrong = sorted(name for name in lengths | found if lengths.get(name) != found.get(name))
         raise SaveError(f"files changed while the checkpoint was written: {', '.join(wrong)}")
     write_synced(temporary / MANIFEST, manifest.to_bytes())
-    for path in [*temporary.rglob("*"), temporary]:
-        if path.is_dir():
-            sync_folder(path)
+    if isinstance(temporary, Path):
+        for path in [*temporary.rglob("*"), temporary]:
+            if path.is_dir():
+                sync_folder(path)
     folder.install(temporary, draft.final)
     folder.move_tracker(draft.root, draft.iteration)
 
@@ -193,7 +195,7 @@ def _advice(error: Exception) -> str:
     return "Nothing of it is left behind"
 
 
-def _abandon(root: Path, ranks: Ranks) -> str:
+def _abandon(root: Location, ranks: Ranks) -> str:
     """Make room again after a failure and tell which checkpoint is the last good one."""
 
     def step() -> str:
@@ -227,7 +229,7 @@ def check_writable(root: str | Path, *, group: dist.ProcessGroup | None = None) 
     Raises:
         SaveError: on all ranks, if one of them cannot make, write or see files there.
     """
-    root = Path(root)
+    root = location(root)
     ranks = Ranks.of(group)
     try:
         token = ranks.first(lambda: _make_folder(root))
@@ -237,6 +239,6 @@ def check_writable(root: str | Path, *, group: dist.ProcessGroup | None = None) 
         raise SaveError(f"checkpoints cannot be written to {root}: {error}. {_advice(error)}") from error
 
 
-def _make_folder(root: Path) -> str:
+def _make_folder(root: Location) -> str:
     root.mkdir(parents=True, exist_ok=True)
     return secrets.token_hex(4)

@@ -89,7 +89,7 @@ class Ranks:
     def first(self, step: Callable[[], T]) -> T:
         """Take a step on the first rank alone and return what it came to, on every rank; raises as `each`."""
         own, error = self._attempt(step) if self.is_first else (_Outcome[T](), None)
-        return _settle([self._from_first(own)], error)[0]
+        return _settle([self.of_one(0, own)], error)[0]
 
     def _attempt(self, step: Callable[[], T]) -> tuple[_Outcome[T], Exception | None]:
         try:
@@ -108,10 +108,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def _from_first(self, value: _Outcome[T]) -> _Outcome[T]:
+    def of_one(self, rank: int, value: T) -> T:
+        """What one of the ranks has, on every rank."""
         if self.size == 1:
             return value
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        source = rank if self.group is None else dist.get_global_rank(self.group, rank)
         values = [value]
         dist.broadcast_object_list(values, src=source, group=self.group)
         return values[0]
@@ -126,3 +127,13 @@ def _settle(outcomes: list[_Outcome[T]], cause: Exception | None) -> list[T]:
     if failures:
         raise RanksFailed(failures) from cause
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]
+
+
+def on_first_rank(step: Callable[[], T]) -> T:
+    """Take a step on the first rank of all alone and return what it came to, on every rank.
+
+    Raises:
+        CheckpointError: the one that `step` raised.
+        RanksFailed: for any other exception.
+    """
+    return Ranks.of(None).first(step)

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron.checkpoint.agreement import drifts, listing, not_finite
+from megatron.checkpoint.errors import SaveError
 from megatron.checkpoint.files import files_below, record_of, share_of
+from megatron.checkpoint.location import Location, location
 from megatron.checkpoint.parts import Stored
 from megatron.checkpoint.publish import Draft, Log, Retention, Written, publish
 from megatron.checkpoint.ranks import Ranks
-from megatron.checkpoint.tensors import write_tensors
+from megatron.checkpoint.tensors import read_index, write_tensors
+from megatron.checkpoint.verify import gaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +57,15 @@ def save(
     needs memory for a copy of one tensor.
 
     Args:
-        root: folder of the run's checkpoints; made if missing. It belongs to one run at a time.
+        root: folder or URL of the run's checkpoints; made if missing. It belongs to one run at a time.
         iteration: training step after which this is.
         state: what to write; `progress` and `run` of the first rank are written.
         keep_last: delete all but this number of newest checkpoints afterwards. None: see `retain_interval`.
         retain_interval: keep every multiple of this number of iterations, and the newest, and delete the others.
             With neither, nothing is deleted.
-        verify: read every file back from the disk, and compare, before the checkpoint counts as written.
+        verify: refuse a state with NaN or infinite values, or of which ranks hold copies that differ; read every file
+            back from the disk, and compare, and look for gaps in the tensors, before the checkpoint counts as
+            written. The ranks share the work; see `agreement` for the memory.
         group: the ranks that hold the state; None: all. A group on the CPU keeps its messages off the devices.
         log: called on the first rank with Megatron's messages.
 
@@ -70,16 +76,51 @@ def save(
         SaveError: on all ranks, if anything failed on any; earlier checkpoints are as they were.
     """
     ranks = Ranks.of(group)
+
+    def write(folder: Location) -> Written:
+        if verify:
+            _check_values(state, ranks)
+        written = write_tensors(folder, state.tensors, state.vocab_size, ranks)
+        if verify:
+            _check_completeness(folder, state, ranks)
+        return written
+
     draft = Draft(
-        root=Path(root),
+        root=location(root),
         iteration=iteration,
         payload="tensors",
-        write=lambda folder: write_tensors(folder, state.tensors, state.vocab_size, ranks),
+        write=write,
         progress=state.progress,
         run=state.run,
     )
     retention = Retention(keep_last=keep_last, retain_interval=retain_interval)
     return publish(draft, retention, verify=verify, ranks=ranks, log=log)
+
+
+def _check_values(state: TrainingState, ranks: Ranks) -> None:
+    """Refuse what nobody wants to continue from.
+
+    Raises:
+        SaveError: on all ranks.
+    """
+    faults = [fault for part in ranks.each(lambda: not_finite(state.tensors)) for fault in part]
+    if faults:
+        raise SaveError(f"the state is not finite (--verify-checkpoint): {listing(faults)}")
+    if found := drifts(state.tensors, ranks):
+        raise SaveError(
+            f"copies have drifted apart (--verify-checkpoint; --heal-replica-drift repairs them): {listing(found)}"
+        )
+
+
+def _check_completeness(folder: Location, state: TrainingState, ranks: Ranks) -> None:
+    """Check that the files hold every element of what any rank has.
+
+    Raises:
+        SaveError: on all ranks.
+    """
+    names = dict.fromkeys(name for part in ranks.each(lambda: list(state.tensors)) for name in part)
+    if faults := ranks.first(lambda: gaps(read_index(folder), names)):
+        raise SaveError(f"the files are not complete (--verify-checkpoint): {listing(faults)}")
 
 
 def save_directory(
@@ -107,7 +148,7 @@ def save_directory(
     """
     ranks = Ranks.of(group)
     draft = Draft(
-        root=Path(root),
+        root=location(root),
         iteration=iteration,
         payload="directory",
         write=lambda folder: _write_directory(folder, write, ranks),

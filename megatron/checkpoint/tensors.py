@@ -8,38 +8,36 @@ it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
-from megatron.checkpoint.files import FileRecord, HashingFile
+from megatron.checkpoint.location import Location
 from megatron.checkpoint.manifest import TensorRecord
 from megatron.checkpoint.parts import Parts, Stored
 from megatron.checkpoint.publish import Written
 from megatron.checkpoint.ranks import Failure, Ranks, RanksFailed
+from megatron.checkpoint.storage import HashedFiles, Reader, Writer
 from megatron.checkpoint.vocabulary import has_vocabulary_rows
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Stored], vocab_size: int | None, ranks: Ranks) -> Written:
+def write_tensors(folder: Location, tensors: Mapping[str, Stored], vocab_size: int | None, ranks: Ranks) -> Written:
     """Write this rank's part of the tensors and sync it. Called by all ranks.
 
     Args:
@@ -51,22 +49,21 @@ def write_tensors(folder: Path, tensors: Mapping[str, Stored], vocab_size: int |
     Raises:
         RanksFailed: on all ranks, if anything failed on any.
     """
-    storage = _HashingFileSystem(folder)
-    writer = _Writer(folder, storage)
+    files = HashedFiles(folder)
     with _failures_on_all_ranks(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         metadata = save(
             dict(tensors),
-            storage_writer=writer,
+            storage_writer=Writer(folder, files),
             planner=_SavePlanner(vocab_size),
             process_group=ranks.group,
             no_dist=ranks.size == 1,
         )
     records = {name: TensorRecord(size, dtype) for name, size, dtype in stored_tensors(metadata)}
-    return Written(storage.records, records if ranks.is_first else {})
+    return Written(files.records, records if ranks.is_first else {})
 
 
-def read_tensors(folder: Path, into: Mapping[str, Stored], ranks: Ranks) -> None:
+def read_tensors(folder: Location, into: Mapping[str, Stored], ranks: Ranks) -> None:
     """Fill tensors in place with what a checkpoint holds under their names. Called by all ranks.
 
     Rows of `into` beyond the stored vocabulary become zero. Values are converted to the dtype of the tensor.
@@ -78,21 +75,21 @@ def read_tensors(folder: Path, into: Mapping[str, Stored], ranks: Ranks) -> None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(
             dict(into),
-            storage_reader=FileSystemReader(folder),
+            storage_reader=Reader(folder),
             planner=_LoadPlanner(),
             process_group=ranks.group,
             no_dist=ranks.size == 1,
         )
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Location) -> Metadata:
     """The index of the tensor files: which part of which tensor is in which file."""
-    return FileSystemReader(folder).read_metadata()
+    return Reader(folder).read_metadata()
 
 
-def stream_tensors(folder: Path) -> Generator[tuple[str, Tensor]]:
+def stream_tensors(folder: Location) -> Generator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint, whole, with its name; one process, one tensor in memory at a time."""
-    reader = FileSystemReader(folder)
+    reader = Reader(folder)
     index = reader.read_metadata()
     reader.set_up_storage_reader(index, is_coordinator=True)
     for name, entry in index.state_dict_metadata.items():
@@ -233,54 +230,3 @@ class _LoadPlanner(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         held = _held(self.state_dict, index)
         return super().lookup_tensor(index) if held is None else held
-
-
-class _HashingFileSystem(FileSystem):
-    """Files that are hashed and synced as they are written; `records` tells of those that are finished."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Generator[Any]:
-        if mode != "wb":
-            raise ValueError(f"mode {mode!r}: this file system only writes")
-        file = HashingFile(Path(path))
-        try:
-            yield file
-            file.close()
-        except BaseException:
-            file.abandon()
-            raise
-        self.records[self._name(path)] = file.record()
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        super().rename(path, new_path)
-        self.records[self._name(new_path)] = self.records.pop(self._name(path))
-
-    def _name(self, path: Any) -> str:
-        return Path(path).relative_to(self._folder).as_posix()
-
-
-class _Writer(FileSystemWriter):
-    """Writes one file per rank; a full disk is reported as such and not as a malformed archive."""
-
-    def __init__(self, folder: Path, storage: FileSystem) -> None:
-        # Synced by `storage`. Nothing is copied ahead: that needs streams, which not every device has.
-        super().__init__(folder, single_file_per_rank=True, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
-        self.fs = storage
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
-        return _telling_system_errors(lambda: super(_Writer, self).write_data(plan, planner))
-
-
-def _telling_system_errors(step: Callable[[], Future[Any]]) -> Future[Any]:
-    """Run a step; of the errors that led to its exception raise the one of the operating system, if there is one."""
-    try:
-        return step()
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from None

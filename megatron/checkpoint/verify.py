@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron.checkpoint.location import Location
 from megatron.checkpoint.manifest import Manifest, TensorRecord, check_presence, content_faults
 from megatron.checkpoint.tensors import read_index, stored_tensors, stream_tensors
 
@@ -27,7 +27,7 @@ class TensorReport:
     largest: float
 
 
-def file_faults(folder: Path, manifest: Manifest) -> list[str]:
+def file_faults(folder: Location, manifest: Manifest) -> list[str]:
     """Describe each file whose contents are not what was written.
 
     Raises:
@@ -37,26 +37,31 @@ def file_faults(folder: Path, manifest: Manifest) -> list[str]:
     return content_faults(folder, manifest.files)
 
 
-def index_faults(folder: Path, manifest: Manifest) -> list[str]:
+def index_faults(folder: Location, manifest: Manifest) -> list[str]:
     """Describe each tensor that the index of the tensor files and the manifest disagree on, or that has gaps."""
     index = read_index(folder)
     found = {name: TensorRecord(shape, dtype) for name, shape, dtype in stored_tensors(index)}
-    faults = [f"{name}: not in the tensor files" for name in manifest.tensors if name not in found]
-    faults += [f"{name}: not in the manifest" for name in found if name not in manifest.tensors]
+    faults = [f"{name}: not in the manifest" for name in found if name not in manifest.tensors]
     faults += [
         f"{name}: {record} in the manifest, {found[name]} in the tensor files"
         for name, record in manifest.tensors.items()
         if name in found and found[name] != record
     ]
-    for name, entry in index.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-            if stored != math.prod(entry.size):
-                faults.append(f"{name}: {stored} of {math.prod(entry.size)} elements are stored")
+    return faults + gaps(index, manifest.tensors)
+
+
+def gaps(index: Metadata, names: Iterable[str]) -> list[str]:
+    """Describe each tensor of which the files do not hold every element, according to their index."""
+    entries = {n: e for n, e in index.state_dict_metadata.items() if isinstance(e, TensorStorageMetadata)}
+    faults = [f"{name}: not in the tensor files" for name in names if name not in entries]
+    for name, entry in entries.items():
+        stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if stored != math.prod(entry.size):
+            faults.append(f"{name}: {stored} of {math.prod(entry.size)} elements are stored")
     return faults
 
 
-def tensor_reports(folder: Path) -> Generator[TensorReport]:
+def tensor_reports(folder: Location) -> Generator[TensorReport]:
     """Look at every tensor, one at a time; memory for one whole tensor and its mask is needed."""
     for name, tensor in stream_tensors(folder):
         yield _report(name, tensor)

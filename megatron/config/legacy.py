@@ -148,8 +148,8 @@ WITHOUT_EFFECT = (
     ("initial weights are always drawn, then overwritten by what is loaded", (("--no-initialization", True),)),
     ("every checkpoint can be loaded in every layout", (("--universal-checkpoint", False),)),
     (
-        "every checkpoint is verified before it counts as written",
-        (("--verify-checkpoint", False), ("--verify-checkpoint-model-type", "GPT", "str", ("GPT", "BLOOM", "LLAMA"))),
+        "--verify-checkpoint checks every tensor of any model",
+        (("--verify-checkpoint-model-type", "GPT", "str", ("GPT", "BLOOM", "LLAMA")),),
     ),
     (
         "there is one format of indexed data, read by memory-mapping",
@@ -362,7 +362,6 @@ REFUSED = (
     ),
     ("data is read from local paths", (("--aml-data-download-path", None, "str"),)),
     ("it needs a service of one cluster", (("--adlr-autoresume", False),)),
-    ("checkpoints are written before training goes on", (("--async-save", False),)),
     (
         "checkpoints have one format; tools/convert_checkpoint.py writes the others",
         (("--ckpt-format", "torch_dcp", "str", ("torch_dcp", "torch_dist", "torch", "fsdp_dtensor")),),

@@ -227,18 +227,50 @@ def recomputed_layers_exist(recompute_num_layers: int, pipeline_stage_layers: tu
 
 
 def saving_has_an_interval(
-    save: str | None, save_interval: int | None, save_retain_interval: int | None, keep_last: int | None
+    save: str | None,
+    save_interval: int | None,
+    save_retain_interval: int | None,
+    keep_last: int | None,
+    async_save: bool,
+    verify_checkpoint: bool,
+    heal_replica_drift: bool,
+    auto_resume: bool,
 ) -> str | None:
     """A directory needs a time, and a time needs a directory."""
     if save is not None and save_interval is None:
         return f"--save {save}: give --save-interval, in iterations"
-    others = {"--save-retain-interval": save_retain_interval, "--keep-last": keep_last}
-    used = [flag for flag, value in others.items() if value is not None]
+    others = {
+        "--save-retain-interval": save_retain_interval,
+        "--keep-last": keep_last,
+        "--async-save": async_save,
+        "--verify-checkpoint": verify_checkpoint,
+        "--heal-replica-drift": heal_replica_drift,
+        "--auto-resume": auto_resume,
+    }
+    used = [flag for flag, value in others.items() if value]
     if used and save is None:
         return f"{', '.join(used)}: only with --save"
     if save_retain_interval is not None and save_interval is not None and save_retain_interval % save_interval:
         return f"--save-retain-interval {save_retain_interval}: must be a multiple of --save-interval {save_interval}"
     return None
+
+
+def what_is_beside_checkpoints_is_local(
+    save: str | None, save_hf: str | None, profile: str | None, tensorboard_dir: str | None
+) -> str | None:
+    """Only checkpoints can be written to a URL."""
+    if save is None or "://" not in save:
+        return None
+    if save_hf is not None:
+        return f"--save {save}: --save-hf reads the checkpoint from a local folder; convert it from there afterwards"
+    if profile is not None and tensorboard_dir is None:
+        return f"--save {save}: --profile writes files beside it, which must be local; give --tensorboard-dir"
+    return None
+
+
+def auto_resume_needs_the_optimizer(auto_resume: bool, no_save_optim: bool | None) -> str | None:
+    """What was saved without its optimizer cannot be continued."""
+    return "--auto-resume and --no-save-optim: give one of them" if auto_resume and no_save_optim else None
 
 
 def loading_has_a_directory(
@@ -267,6 +299,25 @@ def stop_signal_is_handled(exit_signal_handler: bool, given: Given) -> str | Non
     """A signal without its handler does nothing."""
     if "exit_signal" in given and not exit_signal_handler:
         return "--exit-signal: only with --exit-signal-handler"
+    return None
+
+
+def rolling_back_needs_checkpoints(
+    on_nan: str, on_loss_spike: str | None, save: str | None, no_save_optim: bool | None
+) -> str | None:
+    """Going back needs something to go back to."""
+    used = [f for f, v in (("--on-nan", on_nan), ("--on-loss-spike", on_loss_spike)) if v == "rollback"]
+    if used and (save is None or no_save_optim):
+        return f"{used[0]} rollback: only with --save and --save-interval, and without --no-save-optim"
+    return None
+
+
+def spikes_have_a_policy(on_loss_spike: str | None, deepspeed: bool, given: Given) -> str | None:
+    """What a spike is matters only if it leads to something; DeepSpeed updates weights before it can be told not to."""
+    if on_loss_spike is None and (used := {"loss_spike_factor", "loss_spike_window"} & given):
+        return f"--{min(used).replace('_', '-')}: only with --on-loss-spike"
+    if on_loss_spike == "skip" and deepspeed:
+        return "--on-loss-spike skip: not with --deepspeed, which has updated the weights by then; use rollback or stop"
     return None
 
 
@@ -339,6 +390,10 @@ RULES: tuple[Rule, ...] = (
     recomputation_is_complete,
     recomputed_layers_exist,
     saving_has_an_interval,
+    auto_resume_needs_the_optimizer,
+    what_is_beside_checkpoints_is_local,
+    rolling_back_needs_checkpoints,
+    spikes_have_a_policy,
     loading_has_a_directory,
     stop_signal_is_handled,
     garbage_interval_is_manual,

@@ -42,12 +42,35 @@ class TrainingConfig:
         None, "Stop when the iteration is a multiple of this number of iterations.", minimum=1
     )
     exit_duration_in_mins: int | None = option(None, "Save and stop after this time, in minutes.", minimum=1)
+    exit_before_job_end_in_mins: int | None = option(
+        None, "Save and stop this time before Slurm ends the job, in minutes.", minimum=1
+    )
     exit_signal_handler: bool = option(False, "Save and stop when the signal arrives.")
     exit_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"] = option(
         "SIGTERM", "Signal of --exit-signal-handler."
     )
     kill_switch_file: str | None = option(
         None, "Save and stop when this file appears.", aliases=("--kill-switch-path",)
+    )
+    on_nan: Literal["skip", "stop", "rollback"] = option(
+        "skip",
+        "What a loss or gradients that are not finite lead to: the step is left out, the run ends, or it goes back to "
+        "the last checkpoint and leaves the iteration out.",
+    )
+    on_loss_spike: Literal["skip", "stop", "rollback"] | None = option(
+        None, "The same for a loss far above the ones before. Default: it is trained on like any other."
+    )
+    loss_spike_factor: float = option(
+        2.0, "A spike is a loss above the median of the losses before times this factor.", minimum=1
+    )
+    loss_spike_window: int = option(
+        100, "Iterations of which the median is taken, and before which there is no spike.", minimum=1
+    )
+    hang_timeout: int | None = option(
+        None,
+        "End all ranks, and say where each one is, when an iteration takes longer than this number of seconds. "
+        "Default: after the first iteration, --distributed-timeout-minutes or ten times the longest one.",
+        minimum=1,
     )
     manual_gc: bool = option(False, "Collect Python garbage at fixed iterations instead of at any moment.")
     manual_gc_interval: int = option(

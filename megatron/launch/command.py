@@ -34,6 +34,8 @@ class Job:
     hostfile: str = ""
     job_id: str = "megatron"
     """Distinguishes rendezvous of different jobs."""
+    max_restarts: int = 0
+    """Times that all processes are started again after one of them has failed."""
 
     @property
     def port(self) -> int:
@@ -45,6 +47,8 @@ def torchrun(job: Job) -> list[str]:
     """One torchrun on this node. On several nodes the same command runs on each, with its own node rank."""
     if job.nodes == 1 and job.master_port is None:
         where = ["--standalone"]
+    elif job.nodes > 1 and job.max_restarts:  # nodes agree on a restart at a meeting point alone
+        where = _rendezvous(job)
     else:
         address = job.master_addr or "127.0.0.1"
         where = ["--nnodes", str(job.nodes), "--node-rank", str(job.node_rank)]
@@ -94,6 +98,8 @@ def _rendezvous(job: Job) -> list[str]:
 def _torchrun(job: Job, where: list[str]) -> list[str]:
     # Without `--`, torchrun takes flags of the trainer for abbreviations of its own.
     command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.processes)]
+    if job.max_restarts:
+        command += ["--max-restarts", str(job.max_restarts)]
     return [*command, "--", *job.script]
 
 

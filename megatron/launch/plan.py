@@ -57,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hostfile", default="", help="file of `host slots=8` lines")
     result.add_argument("--master-addr", default="", help="address of the first machine (first of the hostfile)")
     result.add_argument("--master-port", type=int, metavar="PORT", help="port of the first machine")
+    result.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start all processes again after a failure, N times (0)",
+    )
     result.add_argument("--family", choices=tuple(FAMILIES), default="plain", help="whose variables are read (plain)")
     result.add_argument(
         "--export", action="append", default=[], metavar="NAME=VALUE", help="variable that all processes get"
@@ -80,6 +87,7 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
     readings = env.read(family, environ, argv)
     words = [*(word for reading in readings for word in reading.flags), *argv]
     own, flags = parser().parse_known_args(words)
+    _check_restarts(own.max_restarts, own.launcher)
     model_parallel, device = _layout(flags)
     hosts = _hosts(own.hostfile, own.launcher, environ)
     nodes = _nodes(own.num_nodes, hosts)
@@ -113,6 +121,7 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
         hosts=tuple(host.name for host in hosts[:nodes]),
         hostfile=own.hostfile,
         job_id=environ.get("SLURM_JOB_ID", "megatron"),
+        max_restarts=own.max_restarts,
     )
     return Plan(
         readings=readings,
@@ -122,6 +131,14 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
         command=tuple(BUILDERS[own.launcher](job)),
         dry_run=own.dry_run,
     )
+
+
+def _check_restarts(asked: int, launcher: str) -> None:
+    """Raises ValueError if the launcher cannot start processes again."""
+    if asked < 0:
+        raise ValueError(f"--max-restarts {asked}: must be at least 0")
+    if asked and launcher == "deepspeed":
+        raise ValueError("--max-restarts: DeepSpeed's launcher starts nothing again; use another --launcher")
 
 
 def processes_per_node(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from megatron.mpu.sharding import is_replicated_kv, shard_dim
 from megatron.training import gradients
 from megatron.training.deepspeed_scale import read_scale, write_scale
 from megatron.training.deepspeed_state import DeepSpeedState, forget_first_step
-from megatron.training.engine import SaveTarget, StepResult, StepSettings
+from megatron.training.engine import LoadSource, SaveTarget, StepResult, StepSettings
 from megatron.training.loss import TokenLoss
 from megatron.training.optimizer import set_schedules
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
@@ -166,6 +165,7 @@ class DeepSpeedEngine:
         tokens = count_tokens(microbatches, self._groups, self._device)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
         norm: float | None = None
+        dropped = False
         for batch in microbatches:
             loss = self._micro_step(batch.to(self._device))
             # DeepSpeed averages over the ranks with the same weights; the sum is wanted.
@@ -173,13 +173,18 @@ class DeepSpeedEngine:
             loss_sum += loss.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._plain_norm()
-            self.engine.step()
+                dropped = norm is not None and not math.isfinite(norm)
+            if dropped:  # stage 0 in float32 is the one place where DeepSpeed would apply them
+                self.engine.zero_grad()
+                self.engine.micro_steps += 1
+            else:
+                self.engine.step()
             self._accelerator.end_of_micro_step()
         norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
         return StepResult(
             loss=(self._groups.sum_over_data(loss_sum) / tokens).item(),
             grad_norm=norm,
-            skipped=not self.engine.was_step_applied(),
+            skipped=dropped or not self.engine.was_step_applied(),
             loss_scale=scale,
         )
 
@@ -201,32 +206,30 @@ class DeepSpeedEngine:
             copies[parameter.holders].append(value)
         return self._norm(copies)
 
-    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
+    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Write a checkpoint that any layout and engine can read; see `Engine`."""
+        tensors = self._state.tensors(optimizer=target.optimizer, saving=True)
+        if target.heal and target.saver.heal(tensors):
+            self._state.restored(tensors)
         state = checkpoint.TrainingState(
-            tensors=self._state.tensors(optimizer=target.optimizer, saving=True),
+            tensors=tensors,
             progress={**progress, "loss_scale": read_scale(self.optimizer).state()},
             run=run,
             vocab_size=self._vocab_size,
         )
-        return checkpoint.save(
-            target.root,
-            iteration,
-            state,
-            keep_last=target.keep_last,
-            retain_interval=target.retain_interval,
-            log=target.log,
-        )
+        target.saver.save(iteration, state)
 
-    def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
+    def load(self, source: LoadSource, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
         """Restore weights and optimizer state from a checkpoint of any layout and engine; see `Engine`."""
         tensors = self._state.tensors(optimizer=optimizer, saving=False)
         loaded = checkpoint.load(
-            root,
+            source.root,
             into=tensors,
-            iteration=iteration,
+            iteration=source.iteration,
             sections=None if optimizer else {"model"},
             vocab_size=self._vocab_size,
+            verify=source.verify,
+            fallback=source.fallback,
             log=log,
         )
         if loaded is None:

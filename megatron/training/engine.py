@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.checkpoint import Loaded
+from megatron.checkpoint import Loaded, Saver
 from megatron.data.batch import Batch
 
 
@@ -20,7 +20,7 @@ class StepResult:
     grad_norm: float
     """Global L2 norm of the gradients before clipping."""
     skipped: bool = False
-    """The gradients were not finite, so the weights were left alone."""
+    """The gradients were not finite, or the loss too high, so the weights were left alone."""
     loss_scale: float = 1.0
     num_zeros: int | None = None
     """Zeros among all gradient elements; None unless asked for."""
@@ -32,18 +32,29 @@ class StepSettings:
 
     lr: float
     weight_decay: float
+    highest_loss: float = math.inf
+    """With a higher loss the weights are left alone. Engines that cannot tell before they change them ignore it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveTarget:
-    """Where checkpoints go, and which old ones stay; see `megatron.checkpoint.save`."""
+    """Where checkpoints go and what is in them."""
 
-    root: Path
+    saver: Saver
     optimizer: bool = True
     """Whether the optimizer state is saved."""
-    keep_last: int | None = None
-    retain_interval: int | None = None
-    log: Callable[[str], None] = print
+    heal: bool = False
+    """Whether copies of a parameter that differ between ranks are made equal first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSource:
+    """What to continue from; see `megatron.checkpoint.load`."""
+
+    root: str
+    iteration: int | None = None
+    verify: bool = True
+    fallback: bool = True
 
 
 class Engine(Protocol):
@@ -61,10 +72,10 @@ class Engine(Protocol):
         """L2 norm of all parameters of the model."""
         ...
 
-    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
-        """Write a checkpoint; called by all ranks."""
+    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        """Write a checkpoint, or begin to; called by all ranks."""
         ...
 
-    def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
+    def load(self, source: LoadSource, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
         """Restore the weights, and the optimizer state if asked; None without a checkpoint. Called by all ranks."""
         ...

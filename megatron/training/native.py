@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from megatron.data.batch import Batch
 from megatron.model.gpt import GPT
 from megatron.mpu.groups import ProcessGroups
 from megatron.training import gradients
-from megatron.training.engine import SaveTarget, StepResult, StepSettings
+from megatron.training.engine import LoadSource, SaveTarget, StepResult, StepSettings
 from megatron.training.half import HalfWeights
 from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
@@ -121,12 +120,13 @@ class NativeEngine:
         zeros = self._count_zeros(copies)
         scale = self.loss_scale
         norm = math.sqrt(square.item()) / scale.value
-        skipped = not math.isfinite(norm)
+        overflow = not math.isfinite(norm)
+        skipped = overflow or not loss <= settings.highest_loss
         if not skipped:
             gradients.scale_(copies, gradients.clip_factor(norm, self._settings.clip_grad) / scale.value)
             self._step_optimizer(settings)
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss_scale = scale.after(overflow=skipped)
+        self.loss_scale = scale.after(overflow=overflow)
         return StepResult(loss=loss, grad_norm=norm, skipped=skipped, loss_scale=scale.value, num_zeros=zeros)
 
     def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
@@ -142,31 +142,29 @@ class NativeEngine:
         copies = self._by_copies(self._parameters.values())
         return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
 
-    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
+    def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Write a checkpoint that any layout can read; see `Engine`."""
+        tensors = self._tensors(optimizer=target.optimizer)
+        if target.heal and target.saver.heal(tensors):
+            self._refresh()
         state = TrainingState(
-            tensors=self._tensors(optimizer=target.optimizer),
+            tensors=tensors,
             progress={**progress, "loss_scale": self.loss_scale.state()},
             run=run,
             vocab_size=self._vocab_size,
         )
-        return checkpoint.save(
-            target.root,
-            iteration,
-            state,
-            keep_last=target.keep_last,
-            retain_interval=target.retain_interval,
-            log=target.log,
-        )
+        target.saver.save(iteration, state)
 
-    def load(self, root: Path, iteration: int | None, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
+    def load(self, source: LoadSource, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
         """Restore weights and optimizer state from a checkpoint of any layout; see `Engine`."""
         loaded = checkpoint.load(
-            root,
+            source.root,
             into=self._tensors(optimizer=optimizer),
-            iteration=iteration,
+            iteration=source.iteration,
             sections=None if optimizer else {"model"},
             vocab_size=self._vocab_size,
+            verify=source.verify,
+            fallback=source.fallback,
             log=log,
         )
         if loaded is not None:

@@ -15,6 +15,7 @@ from megatron.checkpoint.formats import FORMATS, ReadOptions, StoredModel, Write
 from megatron.checkpoint.formats.detect import kind_of
 from megatron.checkpoint.formats.model import VOCABULARY, unpadded
 from megatron.checkpoint.formats.settings import OF_THE_RUN, complete_record, differences
+from megatron.checkpoint.location import is_url
 from megatron.config.architecture import Architecture
 from megatron.model.weights import fill_parameters
 from megatron.mpu.groups import ProcessGroups
@@ -27,7 +28,7 @@ def pretrained_kind(load: str | None) -> str | None:
     Args:
         load: the folder.
     """
-    if load is None or list_checkpoints(load):
+    if load is None or is_url(load) or list_checkpoints(load):
         return None
     kind = kind_of(Path(load))
     return None if kind == "native" else kind

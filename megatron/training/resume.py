@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from megatron.checkpoint import CheckpointError
+from megatron.checkpoint import CheckpointError, holds_checkpoint, on_first_rank
 from megatron.checkpoint.formats import FORMATS
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.optimizer import OptimizerConfig
-from megatron.training.engine import Engine
+from megatron.training.engine import Engine, LoadSource
 from megatron.training.lr import LrSchedule, SchedulePosition, load_schedule
 from megatron.training.pretrained import pretrained_kind
 from megatron.training.report import Printer
@@ -22,6 +21,27 @@ class Resumed:
 
     state: TrainState
     schedule: LrSchedule
+
+
+def effective(settings: CheckpointConfig) -> CheckpointConfig:
+    """The settings with `--auto-resume` carried out; called by all ranks, which follow what the first one sees."""
+    if not settings.auto_resume or not on_first_rank(lambda: holds_checkpoint(settings.save or "")):
+        return settings
+    return latest_of_run(settings)
+
+
+def latest_of_run(settings: CheckpointConfig) -> CheckpointConfig:
+    """Settings that go on from the newest checkpoint that the run itself has written."""
+    return replace(
+        settings,
+        load=settings.save,
+        ckpt_step=None,
+        finetune=False,
+        no_load_optim=False,
+        no_load_lr_state=False,
+        reset_iteration=False,
+        exit_on_missing_checkpoint=True,
+    )
 
 
 def resume(
@@ -40,7 +60,14 @@ def resume(
         log(f" took the weights of {settings.load} ({FORMATS[kind].title}); training begins at iteration 0")
         return fresh
     weights_only = settings.finetune or bool(settings.no_load_optim)
-    loaded = engine.load(Path(settings.load), settings.ckpt_step, optimizer=not weights_only, log=log)
+    source = LoadSource(
+        root=settings.load,
+        iteration=settings.ckpt_step,
+        verify=settings.load_verify,
+        # Whoever names a checkpoint does not mean another one.
+        fallback=settings.load_fallback and settings.ckpt_step is None,
+    )
+    loaded = engine.load(source, optimizer=not weights_only, log=log)
     if loaded is None:
         if settings.exit_on_missing_checkpoint:
             raise CheckpointError(f"--load {settings.load}: there is no checkpoint (--exit-on-missing-checkpoint)")

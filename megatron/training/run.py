@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -19,19 +20,19 @@ from megatron.config import dump
 from megatron.config.architecture import Architecture
 from megatron.config.run import RunConfig
 from megatron.mpu.schedule import describe
+from megatron.training.anomalies import AnomalyWatch
 from megatron.training.build import build_engine, stage_layout
 from megatron.training.data import build_data
-from megatron.training.engine import SaveTarget
-from megatron.training.loop import LoopSettings, Training
+from megatron.training.loop import LoopSettings, Restart, Training
 from megatron.training.lr import LrSchedule, build_schedule
 from megatron.training.microbatches import BatchPlan, RampUp
 from megatron.training.pretrained import check_export, export
 from megatron.training.profiler import parse_steps, profile
 from megatron.training.report import dated
 from megatron.training.reporting import build_reporter
-from megatron.training.resume import resume
+from megatron.training.resume import effective, latest_of_run, resume
+from megatron.training.safety import anomaly_rules, exit_rules, save_target, watchdog
 from megatron.training.setup import Session, start
-from megatron.training.signals import ExitRules, parse_signal
 from megatron.training.timers import Timers
 from megatron.training.vocabulary import build_vocabulary
 
@@ -44,6 +45,7 @@ def run(config: RunConfig) -> None:
     """
     started = time.monotonic()
     session = start(config)
+    config = dataclasses.replace(config, checkpoint=effective(config.checkpoint))
     say = session.printers.rank0
     for line in dump.lines(config):
         say(line)
@@ -92,6 +94,13 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
     say("> building train, validation, and test datasets ...")
     data = build_data(config, session, tokenizer, resumed.state, say)
     reporter = build_reporter(config, session, arch, timers, record, resumed.state.iteration)
+
+    def go_back() -> Restart | None:
+        if config.checkpoint.save is None or not _has_saved(config.checkpoint.save):
+            return None
+        again = resume(engine, lr_schedule(config), latest_of_run(config.checkpoint), config.optimizer, say)
+        return Restart(again.state, again.schedule, build_data(config, session, tokenizer, again.state, say))
+
     return Training(
         engine=engine,
         data=data,
@@ -101,10 +110,13 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
         reporter=reporter,
         timers=timers,
         printers=reporter.printers,
-        exits=exit_rules(config),
+        exits=exit_rules(config, started, os.environ),
         all_reduce_max=lambda value: _all_reduce_max(value, session.device),
         rank=session.groups.world.rank,
         save_target=save_target(config, say),
+        go_back=go_back,
+        anomalies=AnomalyWatch(anomaly_rules(config)),
+        watchdog=watchdog(config, session),
         run_record=record,
         started=started,
         profile=_profile(config, session),
@@ -160,29 +172,8 @@ def loop_settings(config: RunConfig) -> LoopSettings:
     )
 
 
-def exit_rules(config: RunConfig) -> ExitRules:
-    """What ends the run early."""
-    training = config.training
-    return ExitRules(
-        on_signal=parse_signal(training.exit_signal) if training.exit_signal_handler else None,
-        after_minutes=training.exit_duration_in_mins,
-        every=training.exit_interval,
-        kill_switch=Path(training.kill_switch_file) if training.kill_switch_file else None,
-    )
-
-
-def save_target(config: RunConfig, say: Callable[[str], None]) -> SaveTarget | None:
-    """Where checkpoints go; None if the run is not saved."""
-    settings = config.checkpoint
-    if settings.save is None:
-        return None
-    return SaveTarget(
-        root=Path(settings.save),
-        optimizer=not settings.no_save_optim,
-        keep_last=settings.keep_last,
-        retain_interval=settings.save_retain_interval,
-        log=say,
-    )
+def _has_saved(folder: str) -> bool:
+    return checkpoint.on_first_rank(lambda: checkpoint.holds_checkpoint(folder))
 
 
 def run_record(config: RunConfig, session: Session, arch: Architecture) -> dict[str, Any]:

@@ -94,7 +94,10 @@ def join(backend: str, env: Mapping[str, str], timeout: timedelta) -> None:
     if dist.is_initialized():
         return
     if "RANK" in env:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps the store when it starts the ranks again, with the addresses of those that are dead.
+        attempt = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, timeout=timeout, store=attempt, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -53,7 +53,7 @@ def small_state(value: float = 1.0, *, elements: int = 1000) -> TrainingState:
     return TrainingState(tensors=tensors, progress={"value": value}, run=RUN)
 
 
-def assert_holds(root: Path, values: set[float], *, elements: int = 1000) -> Loaded:
+def assert_holds(root: str | Path, values: set[float], *, elements: int = 1000) -> Loaded:
     """The checkpoint that a run would resume from is whole and is that of one of the values; returns it."""
     into = {name: torch.zeros_like(t) for name, t in small_state(elements=elements).tensors.items()}
     loaded = load(root, into=into, verify=True, log=silent)

@@ -23,7 +23,7 @@ _CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 _LARGE = 1 << 22
 
 
-def _kill_before_change(root: str, number: int) -> list[str]:
+def kill_before_change(root: str, number: int) -> list[str]:
     """Kill this process just before the change with this number to a file of the folder; return the changes seen."""
     seen: list[str] = []
 
@@ -37,7 +37,7 @@ def _kill_before_change(root: str, number: int) -> list[str]:
     return seen
 
 
-def _in_child(action: Callable[[], None], *, kill_after: float | None = None) -> bool:
+def in_child(action: Callable[[], None], *, kill_after: float | None = None) -> bool:
     """Run in a forked process; whether it came to its end."""
     child = os.fork()
     if child == 0:
@@ -62,10 +62,10 @@ def _every_point(folder: str, iteration: int) -> int:
         save(root, 1, small_state(1.0), log=silent)
 
         def action(root: Path = root, number: int = number) -> None:
-            _kill_before_change(str(root), number)
+            kill_before_change(str(root), number)
             save(root, iteration, small_state(2.0), keep_last=1, log=silent)
 
-        finished = _in_child(action)
+        finished = in_child(action)
         loaded = assert_holds(root, {2.0} if finished else {1.0, 2.0})
         assert loaded.iteration == latest(root)
         if number % 5 == 0:
@@ -96,10 +96,10 @@ def _first_save(folder: str) -> None:
         root = Path(folder) / f"{number}"
 
         def action(root: Path = root, number: int = number) -> None:
-            _kill_before_change(str(root), number)
+            kill_before_change(str(root), number)
             save(root, 1, small_state(1.0), log=silent)
 
-        finished = _in_child(action)
+        finished = in_child(action)
         found = latest(root)
         outcomes.add(found)
         if found is None:
@@ -129,7 +129,7 @@ def _random_moments(folder: str, seed: int, kills: int) -> None:
                 state = small_state(float(iteration), elements=_LARGE)
                 save(root, iteration, state, keep_last=2, log=silent)
 
-        assert not _in_child(action, kill_after=moments.uniform(0.0, 3 * duration))
+        assert not in_child(action, kill_after=moments.uniform(0.0, 3 * duration))
         after = assert_holds(root, {float(i) for i in list_checkpoints(root)}, elements=_LARGE)
         assert after.iteration >= before.iteration
 

@@ -35,6 +35,11 @@ def test_a_port_that_was_asked_for_is_used_on_one_node_too():
     assert "4321" in torchrun(_job(master_port=4321))
 
 
+def test_restarts_are_left_to_torchrun_and_nodes_agree_on_them():
+    assert torchrun(_job(max_restarts=3))[3:8] == ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    assert "--rdzv-endpoint" in torchrun(_many(max_restarts=3))
+
+
 def test_deepspeed_on_one_node():
     command = deepspeed(_job())
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,33 +13,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.training.failures import describe_failure, is_user_error, lost_a_peer, run_to_exit
+from megatron.training.failures import describe_failure, is_user_error, lost_a_peer
 from megatron.training.lr import ScheduleError
-from tests.support import free_port
+from tests.support import free_port, rank_process, worker_context
 
 SECONDS_TO_NOTICE = 30.0  # far below a minute; measured: 2 to 3 seconds, 2 of them deliberate
 
 
-def _process(main: Callable[[], None], rank: int, world_size: int, port: int, output: str) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = os.fdopen(1, "w")
-    sys.stderr = os.fdopen(2, "w")
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
-    )
-    run_to_exit(main)
-
-
 def run(main: Callable[[], None], world_size: int, folder: Path) -> tuple[list[int | None], list[str]]:
     """Exit codes and outputs of `world_size` processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])  # once, not in every process
+    context = worker_context("pytest")
     port = free_port()
     outputs = [folder / f"{rank}.log" for rank in range(world_size)]
     processes = [
-        context.Process(target=_process, args=(main, rank, world_size, port, str(outputs[rank])))
+        context.Process(target=rank_process, args=(main, rank, world_size, port, str(outputs[rank])))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -50,6 +36,7 @@ def run(main: Callable[[], None], world_size: int, folder: Path) -> tuple[list[i
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
+            process.join()
     return [process.exitcode for process in processes], [output.read_text() for output in outputs]
 
 

@@ -14,7 +14,7 @@ from megatron import checkpoint
 from megatron.checkpoint.tensors import stream_tensors
 from megatron.config.run import parse
 from megatron.training.build import build_engine
-from megatron.training.engine import SaveTarget
+from megatron.training.engine import LoadSource, SaveTarget
 from megatron.training.metrics import read_metrics
 from megatron.training.setup import start
 from megatron.training.vocabulary import build_vocabulary
@@ -116,9 +116,10 @@ def _load_and_save(argv: Sequence[str], source: Path, target: Path) -> None:
     session = start(config)
     _, arch = build_vocabulary(config, _silent)
     engine = build_engine(config, session, arch)
-    loaded = engine.load(source, None, optimizer=True, log=_silent)
+    loaded = engine.load(LoadSource(root=str(source)), optimizer=True, log=_silent)
     assert loaded is not None
-    engine.save(SaveTarget(root=target, log=_silent), loaded.iteration, loaded.progress, loaded.run)
+    saver = checkpoint.Saver(target, checkpoint.SaveSettings(), log=_silent)
+    engine.save(SaveTarget(saver=saver), loaded.iteration, loaded.progress, loaded.run)
 
 
 def _silent(_: str) -> None:

@@ -1,0 +1,214 @@
+"""Notices that training stands still, says what every rank does, and ends them.
+
+A rank that hangs leaves the others waiting for it in a collective, each with an error that names only itself, or none.
+A thread on every rank therefore tells the others through the rendezvous store, every few seconds, where its main thread
+is. When an iteration takes too long, every rank knows it by its own clock; the lowest rank that still answers prints
+where all of them are, first those that are not waiting for others, and all end with an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass
+from types import FrameType, TracebackType
+
+import torch.distributed as dist
+
+_SECONDS_BETWEEN_BEATS = 10.0
+_BEATS_PER_LIMIT = 5
+_TIMES_THE_LONGEST = 10.0
+_BEATS_TO_ANSWER = 3
+_EXIT_CODE = 1
+# What gloo says when its time is up; other backends end the process themselves.
+_TIME_IS_UP = ("Timed out waiting", "timed out")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells the others; `number` grows as long as its process runs."""
+
+    number: int
+    host: str
+    pid: int
+    doing: str
+    place: str
+    waits: bool
+    """The main thread is inside torch.distributed: it waits for other ranks."""
+
+
+def limit_of(asked: float | None, collectives: float, longest: float | None) -> float | None:
+    """Seconds that an iteration may take; None: there is no limit.
+
+    Args:
+        asked: `--hang-timeout`.
+        collectives: seconds after which a collective operation gives up.
+        longest: seconds of the longest iteration so far. The first may compile and has no limit of its own.
+    """
+    if asked is not None:
+        return asked
+    return None if longest is None else max(collectives, _TIMES_THE_LONGEST * longest)
+
+
+def describe(beats: Mapping[int, Beat | None], silent: frozenset[int]) -> list[str]:
+    """One line for the ranks that are at one place: first those that do not answer, last those that wait for others.
+
+    Args:
+        beats: the last beat of each rank; None: it never had one.
+        silent: ranks without a new beat in the last moments.
+    """
+    places: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for rank, beat in beats.items():
+        if beat is None:
+            places[0, "gives no sign of life"].append(rank)
+            continue
+        what = f"{beat.doing}, in {beat.place}"
+        if rank in silent:
+            where = f"process {beat.pid} on {beat.host}"
+            places[0, f"does not answer ({where} is stopped, dead or out of reach); last seen: {what}"].append(rank)
+        else:
+            places[(2, f"waits for others: {what}") if beat.waits else (1, f"DOES NOT WAIT FOR OTHERS: {what}")].append(
+                rank
+            )
+    return [
+        f"  rank {', '.join(map(str, ranks))}: {text}"
+        for (_, text), ranks in sorted(places.items(), key=lambda item: (item[0][0], len(item[1])))
+    ]
+
+
+def place_of(frame: FrameType | None) -> tuple[str, bool]:
+    """Where a thread is: its innermost function outside torch, and whether it is inside torch.distributed."""
+    stack = traceback.extract_stack(frame) if frame is not None else traceback.StackSummary()
+    if not stack:
+        return "an unknown place", False
+    waits = "/torch/distributed/" in stack[-1].filename
+    own = next((entry for entry in reversed(stack) if "/torch/" not in entry.filename), stack[-1])
+    return f"{own.name} ({own.filename}:{own.lineno})", waits
+
+
+class Watchdog:
+    """Watches the main thread of this rank while used as a context.
+
+    Args:
+        rank, world_size: of this process.
+        asked: `--hang-timeout`, in seconds.
+        collectives: time limit of collective operations, in seconds.
+        store: how ranks tell each other where they are; None: a rank alone.
+    """
+
+    def __init__(
+        self, *, rank: int, world_size: int, asked: float | None, collectives: float, store: dist.Store | None
+    ) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._asked, self._collectives = asked, collectives
+        # A connection of its own: a thread that waits for a key would block the others on the same one.
+        self._store = store.clone() if store is not None else None
+        self._interval = min(_SECONDS_BETWEEN_BEATS, (asked or collectives) / _BEATS_PER_LIMIT)
+        self._main = threading.main_thread().ident or 0
+        self._doing, self._since = "the beginning", time.monotonic()
+        self._longest: float | None = None
+        self._watching = False
+        self._gave_up = False
+        self._number = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._since, self._watching = time.monotonic(), True
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watching = False
+        if error is not None and any(text in str(error) for text in _TIME_IS_UP):
+            self._gave_up = True
+            self._say(f"a collective operation took longer than {self._collectives:g} s")
+        self._done.set()
+        self._thread.join()
+
+    def begin(self, doing: str) -> None:
+        """The main thread made progress and begins something."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def end_of_iteration(self) -> None:
+        """What was begun is an iteration, and over."""
+        self._longest = max(self._longest or 0.0, time.monotonic() - self._since)
+
+    @contextlib.contextmanager
+    def unwatched(self, doing: str) -> Generator[None]:
+        """Something that takes as long as it takes, such as writing a checkpoint; its collectives have time limits."""
+        self.begin(doing)
+        self._watching = False
+        try:
+            yield
+        finally:
+            self.begin("what follows")
+            self._watching = True
+
+    def _run(self) -> None:
+        while not self._done.wait(self._interval):
+            self._beat()
+            limit = limit_of(self._asked, self._collectives, self._longest)
+            seconds = time.monotonic() - self._since
+            if self._watching and limit is not None and seconds > limit:
+                self._say(f"{self._doing} has taken {seconds:.0f} s, longer than {limit:.0f} s (--hang-timeout)")
+                sys.stderr.flush()
+                os._exit(_EXIT_CODE)
+
+    def _beat(self) -> Beat:
+        place, waits = place_of(sys._current_frames().get(self._main))
+        if self._gave_up:
+            place, waits = "a collective operation that it gave up", True
+        self._number += 1
+        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, place, waits)
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # whoever keeps the store has gone; `_read` tells
+                self._store.set(_key(self._rank), json.dumps(asdict(beat)))
+        return beat
+
+    def _say(self, what: str) -> None:
+        """Find out who still answers; the lowest such rank prints where all are."""
+        error = f"[rank {self._rank}] error: {what}."
+        before, own = self._read(), self._beat()
+        for _ in range(_BEATS_TO_ANSWER):
+            time.sleep(self._interval)
+            own = self._beat()
+        after = self._read()
+        if before is None or after is None:
+            sys.stderr.write(f"{error} The store that ranks meet at is gone. This one is in {own.place}\n")
+            return
+        silent = frozenset(rank for rank, beat in after.items() if beat is None or beat == before[rank])
+        if self._rank == min(after.keys() - silent):
+            lines = "\n".join(describe(after, silent))
+            sys.stderr.write(f"{error} Where the ranks are:\n{lines}\n")
+            return
+        # A launcher ends all ranks when the first one leaves: let the other one speak.
+        time.sleep(_BEATS_TO_ANSWER * self._interval)
+
+    def _read(self) -> dict[int, Beat | None] | None:
+        """The last beat of each rank; None if the store cannot be read."""
+        if self._store is None:
+            return {self._rank: self._beat()}
+        keys = [_key(rank) for rank in range(self._world_size)]
+        try:
+            return {
+                rank: Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+                for rank, key in enumerate(keys)
+            }
+        except RuntimeError:
+            return None
+
+
+def _key(rank: int) -> str:
+    return f"megatron/beat/{rank}"

@@ -1,0 +1,126 @@
+"""Runs that were interrupted or whose last checkpoint is damaged go on by themselves, from what is good."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron.checkpoint import list_checkpoints
+from megatron.checkpoint.folder import TRACKER
+from megatron.launch.command import Job, torchrun
+from megatron.training.metrics import read_metrics
+from tests.checkpoint.kills import kill
+from tests.checkpoint.test_damaged import KINDS, flip_bit
+from tests.parity import MODEL, TRAINING, train
+from tests.support import run_ranks
+
+ROOT = Path(__file__).parents[2]
+_SECONDS = 240.0
+
+
+def _words(folder: Path, *flags: str, iterations: int = 6, interval: int = 2) -> list[str]:
+    return [
+        *(
+            *MODEL,
+            *TRAINING,
+            "--mock-data",
+            "--train-iters",
+            str(iterations),
+            "--log-json",
+            str(folder / "metrics.jsonl"),
+        ),
+        *("--save", str(folder / "saved"), "--save-interval", str(interval), "--auto-resume", *flags),
+    ]
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    return {r["iteration"]: r["lm_loss"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"}
+
+
+def _resumed_at(folder: Path) -> int:
+    return [r["iteration"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "start"][-1]
+
+
+def _in_turn(runs: Sequence[Sequence[str]]) -> list[str]:
+    """What each run ends with; in one process."""
+    ends = []
+    for words in runs:
+        try:
+            train(words)
+            ends.append("")
+        except ValueError as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
+def test_a_flipped_bit_costs_one_checkpoint_and_no_run(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    run_ranks(1, train, _words(first), init=False)
+    expected = _losses(first)
+    folders = []
+    for kind in (*KINDS, TRACKER):
+        folder = tmp_path / kind
+        shutil.copytree(first, folder)
+        flip_bit(folder / "saved" / kind if kind == TRACKER else folder / "saved" / "iter_0000006" / kind)
+        folders.append(folder)
+    refusing = tmp_path / "refusing"
+    shutil.copytree(folders[0], refusing)
+    runs = [*(_words(folder) for folder in folders), _words(refusing, "--no-load-fallback")]
+    [ends] = run_ranks(1, _in_turn, runs, init=False)
+    assert ends[:-1] == [""] * len(folders)
+    assert ends[-1].startswith("CorruptCheckpoint: ") and "__0_0.distcp: contents have changed" in ends[-1]
+    for kind, folder in zip((*KINDS, TRACKER), folders, strict=True):
+        # In the tracker "6" becomes "2", which is a checkpoint, too.
+        assert _resumed_at(folder) == (2 if kind == TRACKER else 4), kind
+        assert _losses(folder) == expected, kind
+        assert list(list_checkpoints(folder / "saved")) == [2, 4, 6]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    run_ranks(2, train, _words(undisturbed, iterations=400, interval=5), init=False, timeout=_SECONDS)
+    script = ("pretrain_gpt.py", *_words(disturbed, "--async-save", "--keep-last", "2", iterations=400, interval=5))
+    command = torchrun(Job(script=script, processes=2, exports={}, max_restarts=1))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        _wait_for(disturbed / "saved" / TRACKER)
+        os.kill(max(_children(process.pid)), signal.SIGKILL)
+        _, said = process.communicate(timeout=_SECONDS)
+    assert process.returncode == 0, said
+    assert 5 <= _resumed_at(disturbed) < 400
+    assert _losses(disturbed) == _losses(undisturbed)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + _SECONDS
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.01)
+
+
+def _children(parent: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_killed_ranks_lose_nothing(tmp_path: Path) -> None:
+    """A few of the kills that `python -m tests.checkpoint.kills` makes; half of them while a thread writes."""
+    findings = kill(4, seed=7, folder=tmp_path, modes=("async",))
+    assert findings.kills == 4
+    assert findings.runs_finished >= 1
+
+
+def test_fewer_processes_go_on_from_what_more_have_saved(tmp_path: Path) -> None:
+    words = _words(tmp_path, "--exit-interval", "4")
+    run_ranks(2, train, words, init=False)
+    assert list(list_checkpoints(tmp_path / "saved")) == [2, 4]
+    run_ranks(1, train, _words(tmp_path), init=False)
+    assert _resumed_at(tmp_path) == 4
+    assert sorted(_losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
