@@ -81,6 +81,9 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     _switch("--use-flash-attn-v2", attention_backend="flash"),
     _switch("--use-flash-attn-triton", attention_backend="flash"),
     _switch("--use-flash-attn-builder", attention_backend="flash"),
+    _switch("--fp8-e4m3", fp8_format="e4m3"),
+    _switch("--fp8-e5m2", fp8_format="e5m2"),
+    _switch("--fp8-hybrid", fp8_format="hybrid"),
     Equivalent(_FUSED_SDPA, True, {"attention_backend": "fused"}),
     Equivalent(_FUSED_SDPA, False, {"attention_backend": "unfused"}),
 )

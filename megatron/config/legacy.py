@@ -50,7 +50,6 @@ def _rows(effect: Effect, groups: tuple[tuple[str, tuple[tuple[Any, ...], ...]],
 
 
 _DESTS = {
-    "--no-fp8-wgrad": "fp8_wgrad",
     "--disable-mem-efficient-ln": "mem_efficient_ln",
     "--bert-no-binary-head": "bert_binary_head",
     "--no-async-tensor-model-parallel-allreduce": "async_tensor_model_parallel_allreduce",
@@ -306,26 +305,7 @@ REFUSED = (
             ("--ds-inference", False),
         ),
     ),
-    (
-        "parameters and activations are computed in the format of --bf16 or --fp16, not in 8 bits",
-        (
-            ("--fp8-e4m3", False),
-            ("--fp8-e5m2", False),
-            ("--fp8-hybrid", False),
-            ("--no-fp8-wgrad", True),
-            ("--fp8-margin", 0),
-            ("--fp8-interval", 1),
-            ("--fp8-amax-history-len", 1),
-            ("--fp8-amax-compute-algo", "most_recent", "str", ("most_recent", "max")),
-        ),
-    ),
-    (
-        "there is one model implementation; --op chooses its kernels",
-        (
-            ("--transformer-impl", "local", "str", ("local", "transformer_engine")),
-            ("--use-legacy-models", False),
-        ),
-    ),
+    ("there is one model implementation; --op chooses its kernels", (("--use-legacy-models", False),)),
     (
         "a rank computes its part of a sequence at once; share sequences among more ranks with --context-parallel-size",
         (

@@ -48,8 +48,8 @@ class LoggingConfig:
     wandb_entity: str = option("", "Weights & Biases user or team.")
     wandb_exp_name: str = option("", "Name of the run in Weights & Biases.")
     wandb_save_dir: str = option("", "Directory for local files of Weights & Biases.")
-    profile: Literal["pt", "pt-full"] | None = option(
-        None, "Profile with PyTorch; pt-full adds memory and call stacks."
+    profile: Literal["pt", "pt-full", "hltv"] | None = option(
+        None, "Profile with PyTorch; pt-full adds memory and call stacks, hltv is the profiler of Gaudi's vendor."
     )
     profile_steps: str = option(
         "2,3",
@@ -58,3 +58,17 @@ class LoggingConfig:
         aliases=("--profile-steps",),
     )
     profile_ranks: tuple[int, ...] | None = option(None, "Ranks that are profiled. Default: all.", minimum=0)
+    log_model_inputs: bool = option(False, "Write the inputs of the model to --tensor-logger-path.")
+    log_fwd_activations: bool = option(False, "Write the outputs of all modules to --tensor-logger-path.")
+    log_bwd_grads: bool = option(
+        False, "Write the gradients of inputs and outputs of all modules to --tensor-logger-path."
+    )
+    tensor_logger_start_iter: int = option(0, "First iteration whose tensors are written, counted from 1.", minimum=0)
+    tensor_logger_end_iter: int = option(0, "Last iteration whose tensors are written; 0 = none are.", minimum=0)
+    tensor_logger_path: str | None = option(None, "Directory for the tensors, one file per rank and iteration.")
+    check_tp_norm: bool = option(False, "Compare what tensor-parallel ranks hold alike, at every norm layer.")
+    check_tp_norm_type: Literal["all", "io", "wb"] = option(
+        "all", "What --check-tp-norm compares: inputs and outputs, weights and biases, or all."
+    )
+    start_check_tp_norm_iter: int = option(-1, "First iteration that is compared, counted from 1. Default: all.")
+    end_check_tp_norm_iter: int = option(-1, "Last iteration that is compared. Default: all.")

@@ -26,3 +26,24 @@ class PrecisionConfig:
         1000, "Iterations without overflow after which the loss factor doubles.", minimum=1
     )
     hysteresis: int = option(2, "Iterations with overflow after which the loss factor halves.", minimum=1)
+    fp8_format: Literal["e4m3", "e5m2", "hybrid"] | None = option(
+        None, "Compute the linear layers of transformer layers in 8 bits; hybrid is E4M3 with E5M2 gradients."
+    )
+    fp8_recipe: Literal["delayed", "tensorwise"] = option(
+        "delayed",
+        "Scales of 8-bit numbers follow from values of earlier steps (delayed) or of the tensor itself.",
+        synonyms={"current": "tensorwise"},
+    )
+    fp8_margin: int = option(0, "Room above the largest 8-bit number, a factor as a power of two.", minimum=0)
+    fp8_interval: int = option(1, "Time between measurements for scales, in iterations.", minimum=1)
+    fp8_amax_history_len: int = option(1, "Measurements that scales follow from, without unit.", minimum=1)
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = option(
+        "most_recent", "Scales follow from the last measurement or from the largest one."
+    )
+    fp8_amax_reduce: bool = option(
+        True,
+        "Each rank has scales of its own, which then depend on the layout.",
+        "--no-fp8-amax-reduce",
+        opposites=("--fp8-amax-reduce",),
+    )
+    fp8_wgrad: bool = option(True, "Compute the gradients of weights in 16 bits.", "--no-fp8-wgrad")

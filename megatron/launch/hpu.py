@@ -53,8 +53,31 @@ def _profile_steps(text: str, values: Values) -> tuple[str, ...]:
     return ("--profile-steps", text)
 
 
-def _same(*flags: str) -> dict[str, tuple[str, ...]]:
-    return {flag: (flag,) for flag in flags}
+_AGAIN, _FAST = "HL_USE_FUSED_SDPA_WITH_RECOMPUTE", "HL_USE_FAST_SOFTMAX"
+
+
+def _is_on(values: Values, name: str) -> bool:
+    return values.get(name, "0").lower() in ("1", "true")
+
+
+def _fused_attention(text: str, values: Values) -> tuple[str, ...]:
+    if not hpu_rows.is_true(text):
+        return ("--use-fused-sdpa", "false")
+    return () if _is_on(values, _AGAIN) or _is_on(values, _FAST) else ("--use-fused-sdpa", "true")
+
+
+def _attention_form(name: str, help: str, *, unless: str = "") -> Variable:
+    """A row for a form of the fused attention, which says it unless another one does so for both."""
+
+    def flags(text: str, values: Values) -> tuple[str, ...]:
+        if not hpu_rows.is_true(text):
+            return ()
+        if "HL_USE_FUSED_SDPA" in values and not _is_on(values, "HL_USE_FUSED_SDPA"):
+            raise ValueError("says nothing with HL_USE_FUSED_SDPA=0")
+        parts = ("_fast" if _is_on(values, _FAST) else "") + ("_recompute" if _is_on(values, _AGAIN) else "")
+        return () if _is_on(values, unless) else ("--op", f"attention=fused_sdpa{parts}")
+
+    return row(name, flags, (), help, note="it is off" if not unless else f"it is off, or see {unless}")
 
 
 MODEL: tuple[Variable, ...] = (
@@ -122,21 +145,26 @@ TRAINING: tuple[Variable, ...] = (
     truth("HL_NO_PIPELINE_PARALLEL", ("--no-pipeline-parallel",), (), "1 refuses HL_PP above 1"),
 )
 KERNELS: tuple[Variable, ...] = (
-    truth(
-        *("HL_USE_FUSED_SDPA", ("--use-fused-sdpa", "true"), ("--use-fused-sdpa", "false")),
+    row(
+        *("HL_USE_FUSED_SDPA", _fused_attention, ("--use-fused-sdpa",)),
         "1 insists on the fused attention, 0 does without; the device's best unless given",
+        note="a form of it was chosen",
     ),
     truth(
         *("HL_USE_FUSED_RMSNORM", ("--use-fused-rmsnorm", "true"), ("--use-fused-rmsnorm", "false")),
         "1 insists on the fused RMSNorm, 0 does without; the device's best unless given",
     ),
-    absent("HL_USE_FUSED_SDPA_WITH_RECOMPUTE", "0", "HL_CKP_ACT=2 recomputes attention"),
-    absent("HL_USE_FAST_SOFTMAX", "0", "the softmax of attention is always computed in float32"),
+    _attention_form(_AGAIN, "1 lets the fused attention compute its weights again in backward, not keep them"),
+    _attention_form(_FAST, "1 takes the fused attention's approximate softmax", unless=_AGAIN),
     row("HL_USE_LAZY_MODE", hpu_rows.lazily, (), "PT_HPU_LAZY_MODE; what this build of torch can do unless given"),
     row("HL_USE_TORCH_COMPILE", hpu_rows.compiled, ("--use-torch-compile",), "1 compiles each layer, in eager mode"),
     absent("HL_USE_TORCH_COMPILED_AUTOGRAD", "0", "HL_USE_TORCH_COMPILE=1 compiles the backward pass as well"),
     absent("HL_COMPILED_AUTOGRAD_FALLBACK_MODE", "nothing", "there is no compiled autograd to fall back from"),
-    value("HL_PROFILE", "--profile", "pt or pt-full"),
+    row(
+        *("HL_PROFILE", lambda text, values: ("--profile", text), ("--profile",)),
+        "pt, pt-full, or hltv for Synapse's own profiler",
+    ),
+    row("HL_PROFILE", hpu_rows.profiled, (), "", note="only hltv needs a variable"),
     row("HL_PROFILE_STEPS", _profile_steps, ("--profile-steps",), "first and last step that is profiled: 3,4"),
 )
 
@@ -169,7 +197,22 @@ def _reduces(text: str, values: Values) -> tuple[str, ...]:
         raise ValueError("is none of 0, 1")
     if not _is_eight_bit(values):
         raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
-    return ("--fp8-amax-reduce",) if text == "1" else ()
+    return ("--fp8-amax-reduce",) if text == "1" else ("--no-fp8-amax-reduce",)
+
+
+def _passes(values: Values) -> int:
+    """Forward passes of a rank in a step."""
+    return whole(values, "HL_GBS") // (whole(values, "HL_MICRO_BATCH") * hpu_rows.copies(values))
+
+
+def _interval(text: str, values: Values) -> tuple[str, ...]:
+    """Scales are measured over whole steps: at least as often as asked for."""
+    if not _is_eight_bit(values):
+        raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
+    passes, interval = _passes(values), whole(values, "HL_FP8_MEASURE_INTERVAL")
+    if interval > passes and interval % passes:
+        raise ValueError(f"must be a multiple of {passes}, the forward passes of a step, or less")
+    return ("--fp8-interval", str(max(1, interval // passes)))
 
 
 EIGHT_BIT: tuple[Variable, ...] = (
@@ -180,25 +223,47 @@ EIGHT_BIT: tuple[Variable, ...] = (
     row("HL_FP8_FORMAT", _format, ("--fp8-hybrid", "--fp8-e5m2"), "hybrid or e5m2"),
     _eight_bit("HL_FP8_MARGIN", "--fp8-margin", "margin of the scale, a power of 2"),
     _eight_bit("HL_FP8_AMAX_RECOMPUTE_ALGO", "--fp8-amax-compute-algo", "max or most_recent"),
-    _eight_bit("HL_FP8_MEASURE_INTERVAL", "--fp8-interval", "forward passes per measurement; those of a step"),
+    row(
+        *("HL_FP8_MEASURE_INTERVAL", _interval, ("--fp8-interval",)),
+        "forward passes per measurement, which are made over whole steps: at most once, or every so many",
+    ),
     _eight_bit("HL_FP8_AMAX_HISTORY_LEN", "--fp8-amax-history-len", "measurements a scale follows from; as many"),
-    row("HL_FP8_AMAX_REDUCE", _reduces, ("--fp8-amax-reduce",), "1 takes the maximum over ranks"),
+    row(
+        *("HL_FP8_AMAX_REDUCE", _reduces, ("--fp8-amax-reduce", "--no-fp8-amax-reduce")),
+        "1 takes the maximum over ranks",
+    ),
     absent("HL_FP8_MANUAL_MODE", "1", "measurements follow HL_FP8_MEASURE_INTERVAL"),
     absent("HL_USE_CACHE_FP8_WEIGHT", "0", "8-bit weights are made anew in each pass"),
     absent("HL_USE_CACHE_FP8_WEIGHT_FWD", "0", "8-bit weights are made anew in each pass"),
 )
-_NO_LOGGER = "there is no tensor logger; tools/compare_loss.py shows where two runs part"
-_NO_DRIFT = "there is no such check"
 _NO_STEPS = "a batch grows by --rampup-batch-size with --train-samples"
+_LOGGED = ("--log-model-inputs", "--log-fwd-activations", "--log-bwd-grads")
+
+
+def _with(switch: str, name: str, off: str, flag: str, help: str) -> Variable:
+    """A variable that says more about what another one turns on; without that only `off`, its value in the script."""
+
+    def flags(text: str, values: Values) -> tuple[str, ...]:
+        if _is_on(values, switch):
+            return (flag, text)
+        if text != off:
+            raise ValueError(f"says nothing without {switch}=1")
+        return ()
+
+    return row(name, flags, (flag,), help, note=f"{switch} is off")
+
+
+PROBES: tuple[Variable, ...] = (
+    truth("HL_TENSOR_LOGGER", _LOGGED, (), "1 writes what passes through the modules in some iterations"),
+    _with("HL_TENSOR_LOGGER", "HL_TENSOR_LOGGER_DIR", "", "--tensor-logger-path", "folder for it"),
+    _with("HL_TENSOR_LOGGER", "HL_TENSOR_LOGGER_START_ITER", "0", "--tensor-logger-start-iter", "first of them"),
+    _with("HL_TENSOR_LOGGER", "HL_TENSOR_LOGGER_END_ITER", "0", "--tensor-logger-end-iter", "last of them"),
+    truth("HL_CHECK_TP_NORM", ("--check-tp-norm",), (), "1 compares what TP ranks hold alike"),
+    _with("HL_CHECK_TP_NORM", "HL_CHECK_TP_NORM_TYPE", "all", "--check-tp-norm-type", "all, io or wb"),
+    _with("HL_CHECK_TP_NORM", "HL_START_CHECK_TP_NORM_ITER", "-1", "--start-check-tp-norm-iter", "first iteration"),
+    _with("HL_CHECK_TP_NORM", "HL_END_CHECK_TP_NORM_ITER", "-1", "--end-check-tp-norm-iter", "last iteration"),
+)
 ABSENT: tuple[Variable, ...] = (
-    absent("HL_TENSOR_LOGGER", "0", _NO_LOGGER),
-    absent("HL_TENSOR_LOGGER_DIR", "", _NO_LOGGER),
-    absent("HL_TENSOR_LOGGER_START_ITER", "0", _NO_LOGGER),
-    absent("HL_TENSOR_LOGGER_END_ITER", "0", _NO_LOGGER),
-    absent("HL_CHECK_TP_NORM", "0", _NO_DRIFT),
-    absent("HL_CHECK_TP_NORM_TYPE", "all", _NO_DRIFT),
-    absent("HL_START_CHECK_TP_NORM_ITER", "-1", _NO_DRIFT),
-    absent("HL_END_CHECK_TP_NORM_ITER", "-1", _NO_DRIFT),
     absent("HL_SCHEDULER_BATCH_SIZE", "", _NO_STEPS),
     absent("HL_BATCH_SCHED_SAMPLES", "", _NO_STEPS),
     absent("HL_STOP_AFTER_NUM_SAMPLES", "", "HL_EXIT_INTERVAL stops a run, in steps"),
@@ -212,7 +277,7 @@ ABSENT: tuple[Variable, ...] = (
 def _eight_bit_defaults(values: Values) -> Values:
     if not _is_eight_bit(values):
         return {}
-    passes = str(whole(values, "HL_GBS") // (whole(values, "HL_MICRO_BATCH") * hpu_rows.copies(values)))
+    passes = str(_passes(values))
     return {
         "HL_FP8_FORMAT": "hybrid",
         "HL_FP8_MARGIN": "0",
@@ -252,13 +317,17 @@ def llama_defaults(chosen: Values) -> Values:
         f"_mb{values['HL_MICRO_BATCH']}_sp{values['HL_SEQ_PARALLEL']}"
         f"_D{hpu_rows.copies(values)}_T{values['HL_TP']}_P{values['HL_PP']}"
     )
-    return {**values, **hpu_rows.output(values, folder), **_eight_bit_defaults(values)}
+    output = hpu_rows.output(values, folder)
+    if _is_on(values, "HL_TENSOR_LOGGER"):
+        output["HL_TENSOR_LOGGER_DIR"] = f"{output['HL_RESULTS_DIR']}/tensordumps"
+    return {**values, **output, **_eight_bit_defaults(values)}
 
 
 LLAMA = Family(
     prefix=hpu_rows.PREFIX,
     variables=(
         *(*hpu_rows.LAUNCH, *hpu_rows.LAYOUT, *MODEL, *DATA, *TRAINING, *KERNELS, *EIGHT_BIT, *hpu_rows.OUTPUT),
+        *PROBES,
         *ABSENT,
     ),
     defaults=llama_defaults,

@@ -46,13 +46,18 @@ def silent(name: str, help: str, note: str) -> Variable:
     return row(name, lambda text, values: (), (), help, note=note)
 
 
+def is_true(text: str) -> bool:
+    """What a variable that is 1 or true, 0 or false says. Raises ValueError for anything else."""
+    if text.lower() not in _TRUTH:
+        raise ValueError(f"is none of {', '.join(_TRUTH)}")
+    return _TRUTH[text.lower()]
+
+
 def truth(name: str, yes: tuple[str, ...], no: tuple[str, ...], help: str, *, note: str = "") -> Variable:
     """A variable that is 1 or true, 0 or false."""
 
     def flags(text: str, values: Values) -> tuple[str, ...]:
-        if text.lower() not in _TRUTH:
-            raise ValueError(f"is none of {', '.join(_TRUTH)}")
-        return yes if _TRUTH[text.lower()] else no
+        return yes if is_true(text) else no
 
     return row(name, flags, [word for word in (*yes, *no) if word.startswith("--")], help, note=note)
 
@@ -140,6 +145,11 @@ def compiled(text: str, values: Values) -> tuple[str, ...]:
         return ("--use-torch-compile", "false")
     eager = () if "HL_USE_LAZY_MODE" in values else ("--export", f"{_LAZY}=0")
     return ("--use-torch-compile", "true", *eager)
+
+
+def profiled(text: str, values: Values) -> tuple[str, ...]:
+    """Synapse's profiler must be announced before the card is opened."""
+    return ("--export", "HABANA_PROFILE=profile_api_with_nics") if text == "hltv" else ()
 
 
 def checkpoints(text: str, values: Values) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from megatron.mpu import collectives
 from megatron.mpu.deferred import DeferredGradients
+from megatron.mpu.eight_bit import EightBitLinear
 from megatron.mpu.groups import Group
 from megatron.mpu.local import local
-from megatron.mpu.mappings import copy_to_region, reduce_from_region, reduce_scatter_sequence
+from megatron.mpu.mappings import copy_to_region, gather_sequence, reduce_from_region, reduce_scatter_sequence
 from megatron.ops import Ops
 
 
@@ -104,17 +105,27 @@ class SplitLayer(nn.Module):
 
     Attributes:
         weight: this rank's part.
+        group: the tensor-parallel ranks.
+        sequence_parallel: hidden states outside are split along the sequence.
         copies: the ranks that hold the same part; None = this rank alone.
         deferred: takes over the gradient of the weight; None = it is computed in backward.
+        eight_bit: does the matrix products of training; None = they are of numbers like the input's.
     """
 
     weight: nn.Parameter
+    group: Group
+    sequence_parallel: bool
     copies: Group | None = None
     deferred: DeferredGradients | None
+    eight_bit: EightBitLinear | None = None
 
     def own(self, parameter: Tensor) -> Tensor:
         """The local part of the weight or bias. Copies of it see parts of its gradient, which are summed."""
         return local(parameter) if self.copies is None else copy_to_region(local(parameter), self.copies)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """X [..., i], weight [o, i] -> x weight^T [..., o]; in training by 8-bit numbers if the layer does so."""
+        return F.linear(x, weight) if self.eight_bit is None or not self.training else self.eight_bit(x, weight)
 
 
 class ColumnParallelLinear(SplitLayer):
@@ -173,8 +184,20 @@ def column_linears(
     first = layers[0]
     biases = [None if skip_bias or layer.bias is None else layer.own(layer.bias) for layer in layers]
     weights = [_weight(layer) for layer in layers]
+    if first.training and first.eight_bit is not None:
+        return _eight_bit_columns(x, layers, weights, biases)
     outputs = column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
     return _watched(outputs, x, layers, first.group if first.sequence_parallel else None)
+
+
+def _eight_bit_columns(
+    x: Tensor, layers: Sequence[SplitLayer], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """What `column_parallel` gives, by products of 8-bit numbers."""
+    group, sequence_parallel = layers[0].group, layers[0].sequence_parallel
+    total = gather_sequence(x, group, partial_grad=True) if sequence_parallel else copy_to_region(x, group)
+    products = [layer.product(total, weight) for layer, weight in zip(layers, weights, strict=True)]
+    return tuple(y if bias is None else y + bias for y, bias in zip(products, biases, strict=True))
 
 
 def _weight(layer: SplitLayer) -> Tensor:
@@ -234,7 +257,7 @@ class RowParallelLinear(SplitLayer):
 
         The bias is left to the caller, who adds it together with dropout and the residual.
         """
-        (partial,) = _watched((F.linear(x, _weight(self)),), x, (self,), None)
+        (partial,) = _watched((self.product(x, _weight(self)),), x, (self,), None)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_region
         bias = None
         if self.bias is not None:

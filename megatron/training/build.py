@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from torch import nn
 from megatron.config.architecture import Architecture
 from megatron.config.deepspeed import merge
 from megatron.config.run import RunConfig
+from megatron.model.eight_bit import use_eight_bit
 from megatron.model.gpt import GPT, RecomputePlan
 from megatron.model.weights import initialise_parameters, to_dtensors
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.deferred import DeferredGradients
+from megatron.mpu.eight_bit import EightBitScaling, ScalingRecipe
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.pipeline import Placement, StageLayout
 from megatron.mpu.schedule import splits_backward
-from megatron.ops import Ops
+from megatron.ops import Ops, float8
 from megatron.training.deepspeed import DeepSpeedEngine, ModelParallelUnit, host_adamw, mark_split_parameters
 from megatron.training.deepspeed_pipeline import DeepSpeedPipelineEngine
 from megatron.training.engine import Engine
@@ -30,23 +32,26 @@ from megatron.training.native import NativeEngine, NativeSettings, shard_data_pa
 from megatron.training.optimizer import parameter_groups
 from megatron.training.pipeline import PipelineSettings
 from megatron.training.pretrained import load_pretrained, open_pretrained, pretrained_kind
+from megatron.training.probes import Probe
 from megatron.training.setup import Session
 from megatron.training.tied import logical_parameters, tied_embedding
 
 
-def build_engine(config: RunConfig, session: Session, arch: Architecture) -> Engine:
-    """The engine that `config` asks for, with initial weights."""
+def build_engine(config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe] = ()) -> Engine:
+    """The engine that `config` asks for, with initial weights; `probes` look into its model."""
     if config.deepspeed.deepspeed:
-        return _build_deepspeed(config, session, arch)
-    return _build_native(config, session, arch)
+        return _build_deepspeed(config, session, arch, probes)
+    return _build_native(config, session, arch, probes)
 
 
-def _build_native(config: RunConfig, session: Session, arch: Architecture) -> NativeEngine:
+def _build_native(config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe]) -> NativeEngine:
     settings, layout, groups = native_settings(config), stage_layout(config), session.groups
     assert groups.mesh is not None
     stages: dict[int, GPT] = {}
+    scaling = eight_bit_scaling(config, session)
     for number in layout.stages_of(groups.pp.rank):
         model = _model(config, session, arch, torch.device("meta"), layout, number)
+        _equip(model, session, scaling, probes)
         to_dtensors(model, groups.mesh, groups.kv_mesh)
         sharded = shard_data_parallel(model, model.layers.values(), groups, settings)
         model.to_empty(device=session.device)
@@ -60,6 +65,8 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
         pipeline=pipeline_settings(config, arch, layout),
         tied=tied_embedding(stages, layout, groups.pp) if arch.tied_embeddings else None,
         half=half,
+        eight_bit=scaling,
+        clip_grad_norm=session.ops.clip_grad_norm,
         token_loss=_token_loss(arch, session),
         vocab_size=arch.vocab_size,
         optimizer=_optimizer(config, session.ops, parameters.items()),
@@ -70,13 +77,18 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture) -> Na
     )
 
 
-def _build_deepspeed(config: RunConfig, session: Session, arch: Architecture) -> DeepSpeedEngine:
+def _build_deepspeed(
+    config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe]
+) -> DeepSpeedEngine:
     layout, groups = stage_layout(config), session.groups
     model = _model(config, session, arch, session.device, layout, groups.pp.rank)
+    scaling = eight_bit_scaling(config, session)
+    _equip(model, session, scaling, probes)
     _initial_weights(model, config, arch, groups)
     parts: dict[str, Any] = {
         "parameters": dict(model.named_parameters()),
         "vocab_size": arch.vocab_size,
+        "eight_bit": scaling,
         "token_loss": _token_loss(arch, session),
         "optimizer": _optimizer(config, session.ops, model.named_parameters()),
         "config": merge(config.deepspeed_document, config),
@@ -126,6 +138,32 @@ def _model(
             # The forward alone: hooks of the engines stay outside.
             block.forward = torch.compile(block.forward, backend=session.accelerator.capabilities.compile_backend)
     return model
+
+
+def _equip(model: GPT, session: Session, scaling: EightBitScaling | None, probes: Sequence[Probe]) -> None:
+    """What a stage gets besides its layers, while its weights are plain tensors."""
+    if scaling is not None:
+        use_eight_bit(model, scaling, session.ops)
+    for probe in probes:
+        probe.attach(model)
+
+
+def eight_bit_scaling(config: RunConfig, session: Session) -> EightBitScaling | None:
+    """The scales of 8-bit layers; None where all layers compute in the format of the model."""
+    precision = config.precision
+    if precision.fp8_format is None:
+        return None
+    largest = session.accelerator.capabilities.float8
+    recipe = ScalingRecipe(
+        delayed=precision.fp8_recipe == "delayed",
+        margin=precision.fp8_margin,
+        interval=precision.fp8_interval,
+        history=precision.fp8_amax_history_len,
+        algorithm=precision.fp8_amax_compute_algo,
+        reduce=precision.fp8_amax_reduce,
+    )
+    formats = float8.formats(precision.fp8_format, largest, weight_gradient=precision.fp8_wgrad)
+    return EightBitScaling(recipe, formats, session.groups, session.device)
 
 
 def _deferred(config: RunConfig, layout: StageLayout, stage: int) -> DeferredGradients | None:

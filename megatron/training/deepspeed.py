@@ -19,6 +19,7 @@ from megatron.accelerators.base import Accelerator
 from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
 from megatron.model.weights import place_of
+from megatron.mpu.eight_bit import EightBitScaling
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.sharding import is_replicated_kv, shard_dim
 from megatron.training import gradients
@@ -118,6 +119,7 @@ class DeepSpeedEngine:
         groups: this process's groups.
         accelerator, device: where the model is.
         vocab_size: rows of the embedding that are no padding.
+        eight_bit: the scales of the model's 8-bit layers; None = it has none.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class DeepSpeedEngine:
         accelerator: Accelerator,
         device: torch.device,
         vocab_size: int,
+        eight_bit: EightBitScaling | None,
     ) -> None:
         deepspeed = import_deepspeed()
         if torch.float64 not in accelerator.capabilities.dtypes:
@@ -155,6 +158,7 @@ class DeepSpeedEngine:
         self._accelerator = accelerator
         self._device = device
         self._vocab_size = vocab_size
+        self._eight_bit = eight_bit
 
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
         """Forward and backward of the micro-batches, then one step of DeepSpeed's optimizer; see `Engine`."""
@@ -180,6 +184,8 @@ class DeepSpeedEngine:
             else:
                 self.engine.step()
             self._accelerator.end_of_micro_step()
+        if self._eight_bit is not None:
+            self._eight_bit.after_step()
         norm = norm if norm is not None else float(self.engine.get_global_grad_norm())
         return StepResult(
             loss=(self._groups.sum_over_data(loss_sum) / tokens).item(),
@@ -212,7 +218,7 @@ class DeepSpeedEngine:
         if target.heal and target.saver.heal(tensors):
             self._state.restored(tensors)
         state = checkpoint.TrainingState(
-            tensors=tensors,
+            tensors=tensors | (self._scaling() if target.optimizer else {}),
             progress={**progress, "loss_scale": read_scale(self.optimizer).state()},
             run=run,
             vocab_size=self._vocab_size,
@@ -224,7 +230,7 @@ class DeepSpeedEngine:
         tensors = self._state.tensors(optimizer=optimizer, saving=False)
         loaded = checkpoint.load(
             source.root,
-            into=tensors,
+            into=tensors | (self._scaling() if optimizer else {}),
             iteration=source.iteration,
             sections=None if optimizer else {"model"},
             vocab_size=self._vocab_size,
@@ -235,9 +241,14 @@ class DeepSpeedEngine:
         if loaded is None:
             return None
         self._state.restored(tensors)
+        if self._eight_bit is not None:
+            self._eight_bit.refresh()
         if optimizer:
             write_scale(self.optimizer, read_scale(self.optimizer).resumed(loaded.progress["loss_scale"]))
         return loaded
+
+    def _scaling(self) -> dict[str, torch.Tensor]:
+        return {} if self._eight_bit is None else self._eight_bit.tensors()
 
     def _set_microbatches(self, number: int) -> None:
         """Batch ramp-up: DeepSpeed counts micro-batches itself, so it has to be told."""

@@ -105,6 +105,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self._loss.weight = len(microbatches) * self._groups.dp_cp.size / tokens
         self.engine.train_batch(self._queue(microbatches))
         self._accelerator.end_of_micro_step()
+        if self._eight_bit is not None:
+            self._eight_bit.after_step()
         return StepResult(
             loss=(self._collect_loss() / tokens).item(),
             grad_norm=float(self.engine.get_global_grad_norm()),

@@ -1,4 +1,4 @@
-"""Norm, clipping and zero count of gradients that are spread over ranks."""
+"""Norm and zero count of gradients that are spread over ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-
-CLIP_EPSILON = 1e-6
-"""Added to the norm before dividing, as Megatron and torch.nn.utils.clip_grad_norm_ do."""
 
 ByCopies = Mapping[int, Sequence[torch.Tensor]]
 """Local tensors grouped by the number of ranks that hold the same elements."""
@@ -63,16 +60,3 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
     return value
-
-
-def scale_(tensors: ByCopies, factor: torch.Tensor | float) -> None:
-    """Multiply all tensors by `factor`, in place."""
-    for group in tensors.values():
-        torch._foreach_mul_(list(group), factor)
-
-
-def clip_factor(norm: float, limit: float) -> float:
-    """What gradients of this norm are multiplied by so that their norm is at most `limit`; 0 means no limit."""
-    if limit <= 0.0:
-        return 1.0
-    return min(1.0, limit / (norm + CLIP_EPSILON))

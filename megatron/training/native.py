@@ -27,7 +27,9 @@ from megatron.accelerators.base import Accelerator
 from megatron.checkpoint import Loaded, TrainingState
 from megatron.data.batch import Batch
 from megatron.model.gpt import GPT
+from megatron.mpu.eight_bit import EightBitScaling
 from megatron.mpu.groups import ProcessGroups
+from megatron.ops import ClipFunction
 from megatron.training import gradients
 from megatron.training.engine import LoadSource, SaveTarget, StepResult, StepSettings
 from megatron.training.half import HalfWeights
@@ -87,6 +89,8 @@ class NativeEngine:
         pipeline: PipelineSettings,
         tied: TiedEmbedding | None,
         half: HalfWeights | None,
+        eight_bit: EightBitScaling | None,
+        clip_grad_norm: ClipFunction,
         token_loss: TokenLoss,
         vocab_size: int,
         optimizer: torch.optim.Optimizer,
@@ -98,6 +102,7 @@ class NativeEngine:
         self.optimizer = optimizer
         self.loss_scale = settings.loss_scale
         self._stages, self._parameters, self._tied, self._half = stages, parameters, tied, half
+        self._eight_bit, self._clip_grad_norm = eight_bit, clip_grad_norm
         self._pipeline = Pipeline(
             stages,
             pipeline,
@@ -115,15 +120,15 @@ class NativeEngine:
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
         """Forward and backward of the micro-batches, then one step of the optimizer; see `Engine`."""
         loss = self._accumulate_gradients(microbatches)
+        if self._eight_bit is not None:
+            self._eight_bit.after_step()
         copies = self._by_copies(gradients.gradients(self._parameters.values()))
-        square = gradients.sum_over_ranks(gradients.square_sum(copies, self._device))
         zeros = self._count_zeros(copies)
         scale = self.loss_scale
-        norm = math.sqrt(square.item()) / scale.value
+        norm = self._clip(copies, scale.value)
         overflow = not math.isfinite(norm)
         skipped = overflow or not loss <= settings.highest_loss
         if not skipped:
-            gradients.scale_(copies, gradients.clip_factor(norm, self._settings.clip_grad) / scale.value)
             self._step_optimizer(settings)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale = scale.after(overflow=overflow)
@@ -169,6 +174,8 @@ class NativeEngine:
         )
         if loaded is not None:
             self._refresh()
+            if self._eight_bit is not None:
+                self._eight_bit.refresh()
         if loaded is not None and optimizer:
             self.loss_scale = self.loss_scale.resumed(loaded.progress["loss_scale"])
         return loaded
@@ -177,7 +184,10 @@ class NativeEngine:
         """What a checkpoint holds, by logical name."""
         named = self._parameters.items()
         tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in named}
-        return tensors | (checkpoint.optimizer_tensors(self.optimizer, named) if optimizer else {})
+        if not optimizer:
+            return tensors
+        scaling = {} if self._eight_bit is None else self._eight_bit.tensors()
+        return tensors | checkpoint.optimizer_tensors(self.optimizer, named) | scaling
 
     def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> float:
         """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss."""
@@ -204,6 +214,17 @@ class NativeEngine:
 
     def _by_copies(self, tensors: Iterable[torch.Tensor]) -> gradients.ByCopies:
         return gradients.group_by_copies(tensors, self._groups.world.size // self._groups.pp.size)
+
+    def _clip(self, copies: gradients.ByCopies, scale: float) -> float:
+        """Divide the gradients by the loss scale and clip them; returns their norm before that, over all ranks."""
+        norm = self._clip_grad_norm(
+            copies,
+            self._device,
+            limit=self._settings.clip_grad,
+            scale=scale,
+            sum_over_ranks=gradients.sum_over_ranks if self._groups.world.size > 1 else None,
+        )
+        return norm.item()
 
     def _count_zeros(self, copies: gradients.ByCopies) -> int | None:
         if not self._settings.count_zeros:

@@ -1,12 +1,15 @@
-"""Profiles of some iterations with torch.profiler (`--profile`)."""
+"""Profiles of some iterations with torch.profiler or the profiler of the device's vendor (`--profile`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+
+Recorder = Callable[[], Callable[[], str]]
+"""Starts to record; what it returns stops that and says where the trace is."""
 
 
 class ProfileError(ValueError):
@@ -28,38 +31,46 @@ def parse_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
-def profile(
-    kind: Literal["pt", "pt-full"], steps: tuple[int, int], folder: Path, rank: int, log: Callable[[str], None]
-) -> Callable[[int], None]:
-    """A function to be called after every iteration with its number, which writes a Chrome trace of the iterations.
+def torch_recorder(kind: Literal["pt", "pt-full"], path: Path) -> Recorder:
+    """Records with torch.profiler into a Chrome trace.
 
     Args:
         kind: "pt" records operators; "pt-full" also shapes, memory and call stacks, which slows the run down.
+        path: of the trace.
+    """
+    full = kind == "pt-full"
+
+    def start() -> Callable[[], str]:
+        profiler = torch.profiler.profile(record_shapes=full, profile_memory=full, with_stack=full)
+        profiler.start()
+
+        def stop() -> str:
+            profiler.stop()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+            return str(path)
+
+        return stop
+
+    return start
+
+
+def profile(recorder: Recorder, steps: tuple[int, int], rank: int, log: Callable[[str], None]) -> Callable[[int], None]:
+    """A function to be called after every iteration with its number, which records the wanted iterations.
+
+    Args:
+        recorder: does it.
         steps: first and last iteration.
-        folder: where `rank<N>.trace.json` is written.
         rank: of this process.
         log: told where the trace is.
     """
     first, last = steps
-    full = kind == "pt-full"
-    running: list[Any] = []
-
-    def start() -> None:
-        profiler = torch.profiler.profile(record_shapes=full, profile_memory=full, with_stack=full)
-        profiler.start()
-        running.append(profiler)
+    running = [recorder()] if first == 1 else []
 
     def after(iteration: int) -> None:
         if iteration == first - 1:
-            start()
+            running.append(recorder())
         elif iteration == last and running:
-            profiler = running.pop()
-            profiler.stop()
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"rank{rank}.trace.json"
-            profiler.export_chrome_trace(str(path))
-            log(f"profile of iterations {first} to {last} of rank {rank}: {path}")
+            log(f"profile of iterations {first} to {last} of rank {rank}: {running.pop()()}")
 
-    if first == 1:
-        start()
     return after

@@ -6,9 +6,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +24,8 @@ from megatron.training.data import build_data
 from megatron.training.loop import LoopSettings, Restart, Training
 from megatron.training.lr import LrSchedule, build_schedule
 from megatron.training.microbatches import BatchPlan, RampUp
+from megatron.training.observing import build_observer, build_probes
 from megatron.training.pretrained import check_export, export
-from megatron.training.profiler import parse_steps, profile
 from megatron.training.report import dated
 from megatron.training.reporting import build_reporter
 from megatron.training.resume import effective, latest_of_run, resume
@@ -86,7 +84,8 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
     say(plan.describe())
     if (layout := stage_layout(config)).ranks > 1:
         say(describe(config.parallel.pipeline_schedule, layout, plan.final.microbatches))
-    engine = build_engine(config, session, arch)
+    probes = build_probes(config, session)
+    engine = build_engine(config, session, arch, probes)
     say(f" > number of parameters: {arch.num_parameters()} (whole model, without vocabulary padding)")
     with timers("load-checkpoint"):
         resumed = resume(engine, lr_schedule(config), config.checkpoint, config.optimizer, say)
@@ -119,7 +118,7 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
         watchdog=watchdog(config, session),
         run_record=record,
         started=started,
-        profile=_profile(config, session),
+        profile=build_observer(config, session, probes, resumed.state.iteration),
         state=resumed.state,
         saved_at=resumed.state.iteration or None,
     )
@@ -208,12 +207,3 @@ def _all_reduce_max(value: int, device: torch.device) -> int:
     highest = torch.tensor(value, device=device)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return int(highest.item())
-
-
-def _profile(config: RunConfig, session: Session) -> Callable[[int], None]:
-    logging, rank = config.logging, session.groups.world.rank
-    wanted = logging.profile_ranks is None or rank in logging.profile_ranks
-    if logging.profile is None or not wanted:
-        return lambda iteration: None
-    folder = Path(logging.tensorboard_dir or config.checkpoint.save or ".") / "profile"
-    return profile(logging.profile, parse_steps(logging.profile_steps), folder, rank, session.printers.every)

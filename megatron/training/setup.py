@@ -166,6 +166,16 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
             raise SetupError(f"--use-torch-compile: {accelerator.device_description()} cannot compile; leave it out")
         for op in _COMPILED:
             asked.setdefault(op, "reference")
+    if config.precision.fp8_format is not None and not accelerator.capabilities.float8:
+        raise SetupError(
+            f"--fp8-format {config.precision.fp8_format}: {accelerator.name} does not compute with 8-bit numbers here; "
+            "leave it out"
+        )
+    if settings.transformer_impl == "transformer_engine":
+        name = implementations(accelerator, "make_linear")[0].name
+        if name == "reference":
+            raise SetupError(f"--transformer-impl transformer_engine: {accelerator.name} has none; leave it out")
+        ask("make_linear", name, "--transformer-impl transformer_engine")
     if config.optimizer.optimizer == "fusedadamw":
         ask("adamw", implementations(accelerator, "adamw")[0].name, "--optimizer fusedadamw")
     return asked

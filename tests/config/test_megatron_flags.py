@@ -19,6 +19,7 @@ MORE_CHOICES = {
     "lr_decay_style": "Megatron-LM's warm-up, stable, decay",
     "tokenizer_type": "names of Megatron-LM and of the Gaudi and BigScience forks for the same files",
     "optimizer": "names of the Gaudi fork",
+    "profile": "the profiler of the Gaudi fork",
 }
 # Options that Megatron-DeepSpeed checks later than its parser does, or not at all.
 FEWER_VALUES = {

@@ -6,11 +6,12 @@ import inspect
 
 import pytest
 
-from megatron.config import model_rules, pipeline_rules, rules, run_rules, sequence_rules
+from megatron.config import fp8_rules, model_rules, pipeline_rules, probe_rules, rules, run_rules, sequence_rules
 from megatron.config.parser import ConfigError, defaults
 from tests.config.commands import config
 
 M, P, R, S = model_rules, pipeline_rules, run_rules, sequence_rules
+F, L = fp8_rules, probe_rules
 HALF = ("--fp16",)
 # rule, further flags, flags of the small run that are left out, words of the message
 TABLE = [
@@ -399,6 +400,69 @@ TABLE = [
     (R.wandb_runs_have_names, "--wandb-project p", "", "--wandb-project p: --wandb-exp-name"),
     (R.wandb_runs_have_names, "--wandb-exp-name e", "", "--wandb-exp-name: --wandb-project"),
     (R.operations_are_named, "--op attention", "", "--op attention: operation=implementation"),
+    (F.eight_bits_have_a_format, "--fp8-margin 1", "", "--fp8-margin: only with --fp8-format"),
+    (
+        F.eight_bits_have_a_format,
+        "--transformer-impl transformer_engine",
+        "",
+        "--transformer-impl transformer_engine: only with --fp8-format",
+    ),
+    (
+        F.history_is_for_delayed_scaling,
+        "--fp8-format e5m2 --fp8-recipe tensorwise --fp8-interval 2",
+        "",
+        "--fp8-interval: only with --fp8-recipe delayed, tensorwise",
+    ),
+    (
+        F.eight_bit_products_are_plain,
+        "--fp8-format hybrid --use-torch-compile true",
+        "",
+        "--fp8-format hybrid: not with --use-torch-compile true;",
+    ),
+    (
+        F.eight_bit_products_are_plain,
+        "--fp8-format hybrid --pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble",
+        "",
+        "--fp8-format hybrid: not with --pipeline-schedule zero-bubble;",
+    ),
+    (
+        F.eight_bit_products_have_whole_blocks,
+        "--fp8-format hybrid --hidden-size 72",
+        "",
+        "--fp8-format hybrid: --hidden-size 72 multiple of 16",
+    ),
+    (
+        F.eight_bit_products_have_whole_blocks,
+        "--fp8-format hybrid --micro-batch-size 1 --seq-length 24",
+        "",
+        "--fp8-format hybrid: --micro-batch-size 1 x --seq-length 24 multiple of 16",
+    ),
+    (
+        L.logged_tensors_have_a_place,
+        "--log-bwd-grads --tensor-logger-end-iter 3",
+        "",
+        "--log-bwd-grads: give --tensor-logger-path",
+    ),
+    (L.logged_tensors_have_a_place, "--log-bwd-grads", "", "--log-bwd-grads: give --tensor-logger-end-iter"),
+    (
+        L.logged_tensors_have_a_place,
+        "--tensor-logger-end-iter 3",
+        "",
+        "--tensor-logger-end-iter 3: give --log-model-inputs",
+    ),
+    (
+        L.logged_tensors_have_a_place,
+        "--log-bwd-grads --tensor-logger-path p --tensor-logger-start-iter 4 --tensor-logger-end-iter 3",
+        "",
+        "--tensor-logger-start-iter 4: at most 3",
+    ),
+    (
+        L.replicas_can_be_compared,
+        "--check-tp-norm --tensor-model-parallel-size 2 --sequence-parallel",
+        "",
+        "--check-tp-norm-type all: must be wb with --sequence-parallel",
+    ),
+    (L.replicas_can_be_compared, "--check-tp-norm-type io", "", "--check-tp-norm-type: only with --check-tp-norm"),
 ]
 
 
@@ -417,7 +481,7 @@ def test_every_rule_is_in_the_table():
 
 
 def test_rules_of_a_module_are_all_run():
-    for module in (model_rules, pipeline_rules, run_rules, sequence_rules):
+    for module in (model_rules, pipeline_rules, run_rules, sequence_rules, fp8_rules, probe_rules):
         public = {
             value
             for name, value in vars(module).items()

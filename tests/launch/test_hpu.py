@@ -66,6 +66,7 @@ _OFF = {
     "HL_FP8_MANUAL_MODE": "1",
     "HL_START_CHECK_TP_NORM_ITER": "-1",
 }
+_FP8 = {"HL_USE_TRANSFORMER_ENGINE": "1"}
 _FUZZ = 200
 _ENOUGH = 30
 """Launches of the fuzz that must work, and that must be refused, lest it tests one side only."""
@@ -120,6 +121,25 @@ def test_names_of_another_script_are_refused():
         ({"HL_CHECKPOINTS_DIR": "c"}, "--save c --save-interval 2000 --load c"),
         ({"HL_SEQ_LEN": "4096"}, "--seq-length 4096 --max-position-embeddings 4096"),
         ({"HL_PROFILE": "pt", "HL_PROFILE_STEPS": "3,4"}, "--profile pt --profile-steps 3,4"),
+        ({"HL_PROFILE": "hltv"}, "--profile hltv"),
+        ({"HL_USE_FUSED_SDPA": "1", "HL_USE_FAST_SOFTMAX": "1"}, "--op attention=fused_sdpa_fast"),
+        ({"HL_USE_FUSED_SDPA_WITH_RECOMPUTE": "1"}, "--op attention=fused_sdpa_recompute"),
+        (
+            {"HL_USE_FUSED_SDPA_WITH_RECOMPUTE": "1", "HL_USE_FAST_SOFTMAX": "1"},
+            "--op attention=fused_sdpa_fast_recompute",
+        ),
+        ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "10"}, "--fp8-interval 1"),
+        ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "3072"}, "--fp8-interval 3"),
+        ({**_FP8, "HL_FP8_AMAX_REDUCE": "0"}, "--no-fp8-amax-reduce"),
+        (
+            {"HL_TENSOR_LOGGER": "1", "HL_TENSOR_LOGGER_END_ITER": "2", "HL_RESULTS_DIR": "r"},
+            "--log-model-inputs --log-fwd-activations --log-bwd-grads --tensor-logger-path r/tensordumps "
+            "--tensor-logger-end-iter 2",
+        ),
+        (
+            {"HL_CHECK_TP_NORM": "1", "HL_CHECK_TP_NORM_TYPE": "wb", "HL_END_CHECK_TP_NORM_ITER": "9"},
+            "--check-tp-norm --check-tp-norm-type wb --end-check-tp-norm-iter 9",
+        ),
         ({"HL_USE_TORCH_COMPILE": "1"}, "--use-torch-compile true"),
         ({"HL_LLAMA_VER": "3.1", "HL_LLAMA_MODEL_SIZE": "405"}, "--preset llama3.1-405b --lr 8e-5 --min-lr 8e-7"),
     ],
@@ -164,7 +184,12 @@ def test_what_is_off_leaves_no_flag(variables, words):
         ({"HL_USE_LAZY_MODE": "1", "HL_USE_TORCH_COMPILE": "1"}, "HL_USE_LAZY_MODE=1 and HL_USE_TORCH_COMPILE=1 ex"),
         ({"HL_PROFILE_STEPS": "3,4"}, "HL_PROFILE_STEPS=3,4 says nothing without HL_PROFILE"),
         ({"HL_FP8_MARGIN": "1"}, "HL_FP8_MARGIN=1 says nothing without HL_USE_TRANSFORMER_ENGINE=1"),
-        ({"HL_TENSOR_LOGGER": "1"}, "HL_TENSOR_LOGGER=1 is not possible: there is no tensor logger"),
+        ({"HL_TENSOR_LOGGER": "1"}, "give --tensor-logger-end-iter, the last iteration that is written"),
+        ({"HL_TENSOR_LOGGER_END_ITER": "3"}, "HL_TENSOR_LOGGER_END_ITER=3 says nothing without HL_TENSOR_LOGGER=1"),
+        ({"HL_CHECK_TP_NORM_TYPE": "io"}, "HL_CHECK_TP_NORM_TYPE=io says nothing without HL_CHECK_TP_NORM=1"),
+        ({"HL_CHECK_TP_NORM": "1"}, "--check-tp-norm-type all: must be wb"),
+        ({"HL_USE_FAST_SOFTMAX": "1", "HL_USE_FUSED_SDPA": "0"}, "SOFTMAX=1 says nothing with HL_USE_FUSED_SDPA=0"),
+        ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "1500"}, "must be a multiple of 1024, the forward passes of a step"),
         ({"HL_SCHEDULER_BATCH_SIZE": "8 16"}, "--rampup-batch-size"),
         ({"HL_STOP_AFTER_NUM_SAMPLES": "100"}, "HL_EXIT_INTERVAL stops a run"),
         ({"HL_QNPU_DIR": "/q"}, "activate that environment"),
@@ -176,20 +201,25 @@ def test_what_cannot_be_is_refused_with_the_reason(variables, message):
     assert re.search(message, _refusal(**variables))
 
 
-def test_eight_bit_linears_are_refused_by_the_trainer_in_its_own_words():
+def test_eight_bit_linears():
     launch = _launch(HL_USE_TRANSFORMER_ENGINE="1")
     flags = " ".join(launch.plan().flags)
     assert "--transformer-impl transformer_engine --fp8-hybrid --fp8-margin 0 --fp8-amax-compute-algo max" in flags
-    assert "--fp8-interval 1024 --fp8-amax-history-len 1024" in flags, "2048 samples / micro-batch 1 / DP 2"
-    with pytest.raises(ValueError, match="transformer_engine") as trainer:
-        resolve(launch.plan(), launch.environ)
-    assert launch.dry_run()[2] == f"error: {trainer.value}\n"
+    assert "--fp8-interval 1 --fp8-amax-history-len 1024" in flags, "one measurement a step"
+    precision = resolve(launch.plan(), launch.environ).precision
+    assert precision.fp8_format == "hybrid" and precision.fp8_amax_reduce
 
 
 def test_lazy_mode_reaches_the_processes():
     exports = {one.name: one.value for one in _launch(HL_USE_LAZY_MODE="1").plan().exports}
     assert exports["PT_HPU_LAZY_MODE"] == "1"
     assert "--export PT_HPU_LAZY_MODE=1: PT_HPU_LAZY_MODE is 0" in _refusal(HL_USE_LAZY_MODE="1", PT_HPU_LAZY_MODE="0")
+
+
+def test_the_vendors_profiler_is_announced_to_the_processes():
+    exports = {one.name: one.value for one in _launch(HL_PROFILE="hltv").plan().exports}
+    assert exports["HABANA_PROFILE"] == "profile_api_with_nics"
+    assert "HABANA_PROFILE" not in {one.name for one in _launch(HL_PROFILE="pt").plan().exports}
 
 
 def test_variables_of_the_device_reach_other_nodes():

@@ -1,0 +1,27 @@
+"""Which layers of the model compute with 8-bit numbers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from megatron.mpu.eight_bit import EightBitLinear, EightBitScaling
+from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.ops import Ops
+
+
+def use_eight_bit(model: nn.Module, scaling: EightBitScaling, ops: Ops) -> None:
+    """Let the linear layers of the transformer layers compute with 8-bit numbers; embedding and head do not.
+
+    Args:
+        model: a model or stage with logical names, its weights plain tensors of this rank, also on the meta device.
+        scaling: takes on the layers.
+        ops: makes the products.
+
+    Raises:
+        ValueError: a layer has features of a number that 8-bit products cannot take.
+    """
+    for name, module in model.named_modules():
+        if name.startswith("layers.") and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            features_out, features_in = module.weight.shape
+            product = ops.make_linear(features_in, features_out, scaling.formats)
+            module.eight_bit = EightBitLinear(product, scaling, scaling.add(name))

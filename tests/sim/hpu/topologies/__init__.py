@@ -1,0 +1,1 @@
+"""SIMULATION of the package that Gaudi's software brings its profiler in."""
