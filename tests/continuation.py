@@ -74,7 +74,7 @@ DS_PP2_TP2 = _deepspeed("PP2 TP2", 4, f"--zero-stage 1 {_PP} {_TP}")
 DS_PP2_TIED = _deepspeed("PP2 DP2, tied", 4, f"--zero-stage 1 {_PP}", model=_TIED)
 BF16 = [_deepspeed(f"ZeRO-{stage} DP2, bfloat16", 2, f"--zero-stage {stage} --bf16") for stage in (1, 2, 3)]
 _FP16 = "--fp16 --initial-loss-scale 65536"
-FP16 = [_deepspeed(f"ZeRO-{s} DP2 on npu, float16", 2, f"--zero-stage {s} {_FP16}", device="npu") for s in (0, 2)]
+FP16 = [_deepspeed(f"ZeRO-{s} DP2 on hpu, float16", 2, f"--zero-stage {s} {_FP16}", device="hpu") for s in (0, 2)]
 """DeepSpeed has no float16 on a CPU."""
 DP2_FP16 = _native("DP2, float16", 2, _FP16)
 HPU = _native("TP2 on hpu", 2, _TP, device="hpu")

@@ -1,17 +1,16 @@
 """Checkpoints: one format for every layout, written so that a kill at any byte loses nothing.
 
-`save` and `load` for tensors of any layout, `save_directory` and `load_directory` for engines with files of their own;
-docs/checkpoints.md describes the format and what is guaranteed.
+`save` and `load` for tensors of any layout; docs/checkpoints.md describes the format and what is guaranteed.
 """
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint, SaveError
 from megatron.checkpoint.folder import holds_checkpoint, iteration_of_tag, latest, list_checkpoints
-from megatron.checkpoint.load import Loaded, load, load_directory, read_record
+from megatron.checkpoint.load import Loaded, load, read_record
 from megatron.checkpoint.optimizer import make_state, optimizer_tensors
 from megatron.checkpoint.parts import Parts, Place, Stored
 from megatron.checkpoint.publish import check_writable
 from megatron.checkpoint.ranks import on_first_rank
-from megatron.checkpoint.save import TrainingState, save, save_directory
+from megatron.checkpoint.save import TrainingState, save
 from megatron.checkpoint.saver import Saver, SaveSettings
 
 __all__ = [
@@ -32,11 +31,9 @@ __all__ = [
     "latest",
     "list_checkpoints",
     "load",
-    "load_directory",
     "make_state",
     "on_first_rank",
     "optimizer_tensors",
     "read_record",
     "save",
-    "save_directory",
 ]

@@ -60,18 +60,15 @@ def replace_synced(path: Location, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def record_of(path: Location, *, sync: bool = False) -> FileRecord:
-    """Length and hash of a file as it is; with `sync`, meanwhile wait until it is on the disk."""
+def record_of(path: Location) -> FileRecord:
+    """Length and hash of a file as it is."""
     digest = hashlib.sha256()
     length = 0
     buffer = memoryview(bytearray(_READ_BYTES))
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(os.fsync, file.fileno()) if sync and isinstance(path, Path) else None
+    with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             length += count
-        if synced is not None:
-            synced.result()
     return FileRecord(length, digest.hexdigest())
 
 

@@ -33,7 +33,6 @@ from megatron.checkpoint.vocabulary import has_vocabulary_rows
 T = TypeVar("T")
 
 _NAMES_SHOWN = 8
-_PAYLOADS = {"tensors": "tensors of any layout", "directory": "files of another engine"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,31 +96,12 @@ def load(
     wanted = {name: tensor for name, tensor in into.items() if sections is None or name.split(".")[0] in sections}
 
     def attempt(path: Location) -> Loaded:
-        opened = _open(path, "tensors", verify, ranks)
+        opened = _open(path, verify, ranks)
         fitting = _fitting(opened, wanted, sections, strict, vocab_size, ranks, log)
         _read(opened, fitting, ranks)
         return opened.loaded
 
     return _with_messages(root, iteration, fallback, attempt, ranks, log)
-
-
-def load_directory(
-    root: str | Path,
-    *,
-    iteration: int | None = None,
-    verify: bool = False,
-    fallback: bool = False,
-    group: dist.ProcessGroup | None = None,
-    log: Log = print,
-) -> Loaded | None:
-    """Find what `save_directory` published and make sure that it is whole; the engine then reads `path` itself.
-
-    Arguments, result and errors are those of `load`.
-    """
-    ranks = Ranks.of(group)
-    return _with_messages(
-        root, iteration, fallback, lambda path: _open(path, "directory", verify, ranks).loaded, ranks, log
-    )
 
 
 def read_record(
@@ -133,7 +113,7 @@ def read_record(
     """
     ranks = Ranks.of(group)
     candidates = ranks.first(lambda: _candidates(location(root), iteration, fallback=False, log=print))
-    return _open(candidates[0][1], None, False, ranks).loaded if candidates else None
+    return _open(candidates[0][1], False, ranks).loaded if candidates else None
 
 
 def _with_messages(
@@ -184,7 +164,7 @@ def _candidates(root: Location, iteration: int | None, *, fallback: bool, log: L
     return [(chosen, present.get(chosen, folder_of(root, chosen))), *(older if fallback else [])]
 
 
-def _open(path: Location, payload: str | None, verify: bool, ranks: Ranks) -> _Opened:
+def _open(path: Location, verify: bool, ranks: Ranks) -> _Opened:
     """Read what is said about a checkpoint and check its files.
 
     Raises:
@@ -194,9 +174,10 @@ def _open(path: Location, payload: str | None, verify: bool, ranks: Ranks) -> _O
     def step() -> _Opened:
         manifest = read_manifest(path)
         check_presence(path, manifest)
-        if payload is not None and payload != manifest.payload:
+        if manifest.payload != "tensors":
             raise CheckpointMismatch(
-                f"{path} holds {_PAYLOADS[manifest.payload]}; this run reads {_PAYLOADS[payload]}: change --deepspeed"
+                f"{path} holds files of DeepSpeed's own, as earlier versions wrote them with --deepspeed: go on with "
+                "such a version"
             )
         progress, run = (json.loads((path / name).read_bytes()) for name in (PROGRESS, RUN))
         return _Opened(Loaded(progress=progress, run=run, iteration=manifest.iteration, path=path), manifest)

@@ -1,8 +1,8 @@
-"""Saving: tensors in any layout, or a folder that an engine fills itself."""
+"""Saving: tensors in any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megatron.checkpoint.agreement import drifts, listing, not_finite
 from megatron.checkpoint.errors import SaveError
-from megatron.checkpoint.files import files_below, record_of, share_of
 from megatron.checkpoint.location import Location, location
 from megatron.checkpoint.parts import Stored
 from megatron.checkpoint.publish import Draft, Log, Retention, Written, publish
@@ -121,48 +120,3 @@ def _check_completeness(folder: Location, state: TrainingState, ranks: Ranks) ->
     names = dict.fromkeys(name for part in ranks.each(lambda: list(state.tensors)) for name in part)
     if faults := ranks.first(lambda: gaps(read_index(folder), names)):
         raise SaveError(f"the files are not complete (--verify-checkpoint): {listing(faults)}")
-
-
-def save_directory(
-    root: str | Path,
-    iteration: int,
-    write: Callable[[Path], None],
-    progress: Mapping[str, Any],
-    run: Mapping[str, Any],
-    *,
-    keep_last: int | None = None,
-    retain_interval: int | None = None,
-    verify: bool = False,
-    group: dist.ProcessGroup | None = None,
-    log: Log = print,
-) -> Path:
-    """Publish what an engine writes in a format of its own, as safely as `save` does. Called by all ranks of `group`.
-
-    Args:
-        write: fills the folder it is given; called on all ranks. If it communicates and raises on one rank while
-            others wait inside it for that rank, they wait until the time limit of their process group.
-        root, iteration, progress, run, keep_last, retain_interval, verify, group, log: as for `save`.
-
-    Raises:
-        SaveError: as `save`.
-    """
-    ranks = Ranks.of(group)
-    draft = Draft(
-        root=location(root),
-        iteration=iteration,
-        payload="directory",
-        write=lambda folder: _write_directory(folder, write, ranks),
-        progress=progress,
-        run=run,
-    )
-    retention = Retention(keep_last=keep_last, retain_interval=retain_interval)
-    return publish(draft, retention, verify=verify, ranks=ranks, log=log)
-
-
-def _write_directory(folder: Path, write: Callable[[Path], None], ranks: Ranks) -> Written:
-    """Let the engine write; then the ranks share the work of hashing and syncing its files."""
-    ranks.each(lambda: write(folder))
-    sizes = ranks.first(lambda: files_below(folder))
-    own = share_of(sizes, ranks.rank, ranks.size)
-    records = ranks.each(lambda: {name: record_of(folder / name, sync=True) for name in own})
-    return Written(records[ranks.rank])

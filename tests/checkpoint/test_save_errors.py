@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
-from megatron.checkpoint import SaveError, TrainingState, check_writable, save, save_directory
+from megatron.checkpoint import SaveError, TrainingState, check_writable, save
 from tests.checkpoint.helpers import RUN, assert_holds, silent, small_state
 from tests.support import run_ranks
 
@@ -82,14 +82,6 @@ def _different_problems(root: str) -> list[str]:
     expect_error({"model.a": torch.ones(2 + rank)})
     mesh = init_device_mesh("cpu", (2,))
     expect_error({"model.a": DTensor.from_local(torch.ones(2), mesh, [Partial()])})
-
-    def write(_: Path) -> None:
-        if rank == 1:
-            raise RuntimeError("the engine gave up")
-
-    with pytest.raises(SaveError) as caught:
-        save_directory(root, 2, write, {}, RUN, log=silent)
-    answers.append(str(caught.value))
     return answers
 
 
@@ -99,8 +91,7 @@ def test_errors_of_one_rank_reach_all(tmp_path: Path) -> None:
     assert "rank 1: TypeError: model.a is str, not a tensor" in first[0]
     assert "is [2] torch.float32 on one rank, [3] torch.float32 on rank 1: it must be a DTensor" in first[1]
     assert "sums that are not yet taken cannot be saved" in first[2]
-    assert "rank 1: RuntimeError: the engine gave up" in first[3]
-    assert "There is no earlier checkpoint" in first[3]
+    assert "There is no earlier checkpoint" in first[2]
     assert list(tmp_path.iterdir()) == []
 
 

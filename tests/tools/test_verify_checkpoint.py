@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron.checkpoint import TrainingState, save, save_directory
+from megatron.checkpoint import TrainingState, save
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "verify_checkpoint.py"
 
@@ -91,13 +91,3 @@ def test_usage(
     assert run(tool, monkeypatch, root, "--iteration", "5") == 2
     assert run(tool, monkeypatch, root / "nowhere") == 2
     assert "holds no checkpoint" in capsys.readouterr().err
-
-
-def test_an_engines_own_files(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_directory(tmp_path, 1, lambda folder: (folder / "a").write_bytes(b"1"), {}, {}, log=lambda _: None)
-    assert run(tool, monkeypatch, tmp_path) == 0
-    (tmp_path / "iter_0000001" / "a").write_bytes(b"2")
-    assert run(tool, monkeypatch, tmp_path) == 1
-    assert "DAMAGED: a: contents" in capsys.readouterr().out

@@ -56,8 +56,8 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
     check_presence(path, manifest)
     if manifest.payload != "tensors":
         raise CheckpointMismatch(
-            f"{path} holds the files of the engine that wrote it, which alone reads them; resume from it and save with "
-            "the native engine (without --deepspeed)"
+            f"{path} holds files of DeepSpeed's own, as earlier versions wrote them with --deepspeed: such a version "
+            "reads them"
         )
     run, progress = read_json(path / RUN), read_json(path / PROGRESS)
     container = Container(path).tensors()
