@@ -28,10 +28,13 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, rules: BlockRules) -> tuple
     results, normalizers = [], []
     for rows, columns in _blocks(q, k, rules):
         scores = _scores(queries, keys, rows, columns, repeat, rules)
-        normalizers.append(scores.logsumexp(dim=-1))
-        weights = weights_of(scores, normalizers[-1]).to(q.dtype)
+        highest = scores.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+        raised = (scores - highest).exp()
+        totals = raised.sum(dim=-1, keepdim=True)  # at least 1 where there is a key
+        normalizers.append(totals.log() + highest)
+        weights = (raised / totals.clamp_min(1.0)).to(q.dtype)
         results.append(torch.bmm(weights, values[:, slice(*columns)]))
-    joined = torch.cat(normalizers, dim=1)[..., None]
+    joined = torch.cat(normalizers, dim=1)
     by_head = from_rows(joined, torch.Size((*q.shape[:3], 1)), repeat)
     return from_rows(torch.cat(results, dim=1), q.shape, repeat), by_head[..., 0].permute(1, 2, 0).contiguous()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,13 @@ class BlockRules:
     query_documents: Tensor | None = None
     key_documents: Tensor | None = None
     window: int | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BlockRules:
+        """The same rules with every tensor replaced."""
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
     def keys_in_reach(self, start: int, end: int, keys: int) -> tuple[int, int]:
         """The range of keys that hold all which queries [start, end) see by their position; never empty."""

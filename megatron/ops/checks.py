@@ -119,7 +119,8 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, rules: BlockRules) -> None:
     )
     _require(rules.distance >= 0, f"distance must be at least 0, not {rules.distance}")
     slopes, documents = rules.alibi_slopes, (rules.query_documents, rules.key_documents)
-    _require(slopes is None or slopes.shape == (n,), f"alibi_slopes must be [{n}], not {slopes}")
+    if slopes is not None:
+        _require(slopes.shape == (n,), f"alibi_slopes must be [{n}], not {_shape(slopes)}")
     _require((documents[0] is None) == (documents[1] is None), "documents of queries and of keys go together")
     for name, ids, length in zip(("query_documents", "key_documents"), documents, (s, t), strict=True):
         if ids is not None:

@@ -28,9 +28,15 @@ class Sample:
 
     def to(self, dtype: torch.dtype) -> Sample:
         """The same numbers with floating point tensors in another dtype."""
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
+        """The same call with every tensor replaced."""
 
         def convert(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            if isinstance(value, BlockRules):
+                return value.map(function)
+            return function(value) if isinstance(value, Tensor) else value
 
         kwargs = {name: convert(value) for name, value in self.kwargs.items()}
         return replace(self, args=tuple(convert(value) for value in self.args), kwargs=kwargs)

@@ -115,6 +115,31 @@ def test_shared_sequences_equal_one_process(at: int, shared: dict[int, list[Resu
     assert max(errors.values()) < TOLERANCE, errors
 
 
+def _dropped(recompute: RecomputePlan, groups: ProcessGroups) -> Result:
+    """Loss and gradients of a model that drops attention weights and hidden states."""
+    arch = replace(FAMILIES["llama"], attention_dropout=0.2, hidden_dropout=0.2)
+    batch = own_tokens(_batch("llama", True), groups.sequence_part)
+    model = build(arch, groups, dtype=torch.float64, recompute=recompute).train()
+    loss = model(batch.tokens, replace(model_inputs(batch), dropout_seed=5)).square().mean()
+    loss.backward()
+    return loss.item(), {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+def _dropped_twice() -> list[Result]:
+    groups = build_groups(LAYOUTS["Ulysses 4"], "cpu")
+    return [_dropped(recompute, groups) for recompute in (RecomputePlan(), FULL, SELECTIVE)]
+
+
+def test_recomputation_repeats_the_dropout_of_shared_heads() -> None:
+    ranks = run_ranks(WORLD, _dropped_twice)
+    for kept, *recomputed in ranks:
+        for again in recomputed:
+            assert again[0] == kept[0]
+            for name, gradient in kept[1].items():
+                np.testing.assert_array_equal(again[1][name], gradient, err_msg=name)
+    assert ranks[0][0][0] != ranks[1][0][0]
+
+
 def _refused(arch_changes: dict[str, float], topology: Topology) -> str:
     arch = replace(FAMILIES["llama"], **arch_changes)
     with pytest.raises(ValueError) as caught:

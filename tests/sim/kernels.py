@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron import accelerators
 from megatron.ops import OPERATIONS, implementations, reference
@@ -58,8 +57,4 @@ def _finding(device: Device, candidate: Implementation, dtype: torch.dtype, plac
 
 
 def _on(sample: Sample, place: torch.device) -> Sample:
-    def move(value: object) -> object:
-        return value.to(place) if isinstance(value, Tensor) else value
-
-    kwargs = {name: move(value) for name, value in sample.kwargs.items()}
-    return replace(sample, args=tuple(move(value) for value in sample.args), kwargs=kwargs)
+    return sample.map(lambda tensor: tensor.to(place))

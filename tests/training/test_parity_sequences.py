@@ -21,6 +21,7 @@ from tests.parity import (
     train,
 )
 from tests.support import run_ranks
+from tests.training.test_parity import BFLOAT16_TOLERANCE
 
 SHORT = 6
 TELLING = (
@@ -37,6 +38,13 @@ TELLING = (
 @pytest.mark.parametrize(("layout", "engine"), TELLING)
 def test_shared_sequences_equal_one_process(layout: str, engine: str) -> None:
     assert agrees(layout_of(layout), engine, SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["CP2", "Ulysses 2"])
+def test_bfloat16_follows_float32(layout: str) -> None:
+    found = curve(layout_of(layout), ("--zero-stage", "1", "--bf16"), SHORT)
+    assert difference(found.losses, one_process(steps=SHORT).losses) <= BFLOAT16_TOLERANCE
 
 
 def test_layouts_are_known() -> None:

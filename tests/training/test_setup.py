@@ -13,8 +13,9 @@ from tests.parity import MODEL, TRAINING
 FLAGS = (*MODEL, *TRAINING, "--mock-data", "--train-iters", "1")
 
 
-def _asked(device: str, *flags: str) -> dict[str, str]:
-    return asked_implementations(parse([*FLAGS, *flags], {}), accelerators.load(device))
+def _asked(device: str, *flags: str, ranks: int = 1) -> dict[str, str]:
+    config = parse([*FLAGS, *flags], {"WORLD_SIZE": str(ranks)})
+    return asked_implementations(config, accelerators.load(device))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,26 @@ def _asked(device: str, *flags: str) -> dict[str, str]:
 )
 def test_flags_for_kernels(device, flags, op, implementation):
     assert _asked(device, *flags)[op] == implementation
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "implementation"),
+    [
+        ("cuda", ("--use-flash-attn",), "flash"),
+        ("cuda", ("--op", "attention_block=blocked", "--op", "attention_block_backward=blocked"), "blocked"),
+        ("npu", ("--use-flash-attn",), "blocked"),
+        ("hpu", ("--no-masked-softmax-fusion",), "reference"),
+    ],
+)
+def test_flags_for_attention_in_pieces(device, flags, implementation):
+    asked = _asked(device, *flags, "--context-parallel-size", "2", ranks=2)
+    assert asked == {"attention_block": implementation, "attention_block_backward": implementation}
+
+
+def test_kernels_for_whole_attention_are_refused_where_it_is_computed_in_pieces():
+    message = "--op attention=fused_sdpa: --context-parallel-size 2 computes attention in pieces.*--op attention_block,"
+    with pytest.raises(UnavailableOpError, match=message):
+        _asked("hpu", "--op", "attention=fused_sdpa", "--context-parallel-size", "2", ranks=2)
 
 
 def test_flags_that_contradict_each_other_are_refused():
