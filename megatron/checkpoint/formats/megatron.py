@@ -35,6 +35,7 @@ from megatron.checkpoint.formats.torch_write import Slot, TorchFile
 _VERSION = 3.0
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
+_DISTRIBUTED = "distrib_optim.pt"
 _LAYER = re.compile(r"((?:language_model\.(?:encoder\.)?|decoder\.)layers\.)(\d+)(\..*)")
 _COPY_OF_EMBEDDING = "word_embeddings_for_head.weight"
 
@@ -50,6 +51,8 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
     files = _rank_files(path)
     states = [[load_torch(file) for file in stage] for stage in files]
     first = states[0][0]
+    if options.optimizer and (left := _optimizer_of(files[0][0], first)):
+        options.log(f"WARNING: {path}: the optimizer's state ({left}) is in the layout of its run and is left behind")
     record = record_in(first)
     assets = assets_beside(path.parent, record)
     arch = described_architecture(options, assets, record, path)
@@ -104,6 +107,13 @@ def _rank_files(path: Path) -> list[list[Path]]:
                 raise CorruptCheckpoint(f"{child} has no {_FILES[0]}")
             found[int(match[2] or 0), int(match[1])] = file
     return complete_grid(found, path)
+
+
+def _optimizer_of(file: Path, state: Mapping[str, Any]) -> str | None:
+    """Where the state of the optimizer is; None: there is none."""
+    if (file.parent / _DISTRIBUTED).is_file():
+        return _DISTRIBUTED
+    return f'"optimizer" in {file.name}' if state.get("optimizer") else None
 
 
 def complete_grid(found: Mapping[tuple[int, int], Path], path: Path) -> list[list[Path]]:

@@ -117,6 +117,20 @@ def test_the_layout_of_megatron_deepspeed_since_2024(tmp_path: Path) -> None:
     assert_equal(open_model(tmp_path / "out", None, ReadOptions(version=0)), model)
 
 
+def test_the_state_of_an_optimizer_is_left_behind_by_name(tmp_path: Path) -> None:
+    model, said = random_model(FAMILIES["llama"]), []
+    convert(model, "megatron", tmp_path / "out", WriteOptions(tp=2))
+    folder = tmp_path / "out" / "release" / "mp_rank_00"
+    open_model(tmp_path / "out", None, ReadOptions(log=said.append))
+    assert said == []
+    torch.save({**_file(folder.parent, folder.name), "optimizer": {"state": {}}}, folder / "model_optim_rng.pt")
+    open_model(tmp_path / "out", None, ReadOptions(log=said.append))
+    (folder / "distrib_optim.pt").touch()
+    assert_equal(open_model(tmp_path / "out", None, ReadOptions(log=said.append)), model)
+    open_model(tmp_path / "out", None, ReadOptions(optimizer=False, log=said.append))
+    assert ['"optimizer" in model_optim_rng.pt' in said[0], "distrib_optim.pt" in said[1], len(said)] == [True, True, 2]
+
+
 def test_interleaved_stages(tmp_path: Path) -> None:
     """Two stages of two chunks each: the first stage has layers 0 and 2, the second 1 and 3."""
     model = random_model(FAMILIES["llama"])
