@@ -106,6 +106,14 @@ class Counts:
     events: dict[str, int]
     new_signatures: int
 
+    @classmethod
+    def of(cls, counters: Mapping[str, Any], signatures_before: int = 0) -> Counts:
+        """From the counters of the device's library."""
+        names = ("kernels", "host_reads", "to_device", "to_host", "collectives", "events")
+        return cls(
+            **{name: counters[name] for name in names}, new_signatures=counters["signatures"] - signatures_before
+        )
+
     def vendor(self) -> dict[str, int]:
         """Calls of the vendor's own operators, by their name without the namespace."""
         return {name.partition("::")[2]: n for name, n in self.kernels.items() if not name.startswith("aten::")}
@@ -126,9 +134,4 @@ def counted(device: Device) -> Iterator[Callable[[], Counts]]:
     before = sim.counters()["signatures"]
     sim.reset_counters()
 
-    def counts() -> Counts:
-        now = sim.counters()
-        names = ("kernels", "host_reads", "to_device", "to_host", "collectives", "events")
-        return Counts(**{name: now[name] for name in names}, new_signatures=now["signatures"] - before)
-
-    yield counts
+    yield lambda: Counts.of(sim.counters(), before)

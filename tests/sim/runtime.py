@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +21,8 @@ from tests.sim.build import Device
 
 MEMORY_BYTES = 64 * 2**30
 """What a simulated device says it has; nothing is refused for lack of it."""
+REPORT = "SIM_REPORT"
+"""Variable that names the folder in which every rank of a launched program leaves its counters, as rank_<n>.json."""
 
 
 @functools.cache
@@ -42,6 +47,19 @@ def register(device: Device, module: ModuleType) -> None:
     torch._register_device_module(device, module)
     if device != "hpu":
         torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    if REPORT in os.environ and "RANK" in os.environ:
+        _report_at_exit(device, Path(os.environ[REPORT]))
+
+
+def _report_at_exit(device: Device, folder: Path) -> None:
+    """Write the counters as the process ends, which trainers do by `os._exit`: without any clean-up."""
+    leave = os._exit
+
+    def report_and_leave(code: int) -> None:
+        (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(library(device).counters()))
+        leave(code)
+
+    os._exit = report_and_leave
 
 
 def register_collectives(device: Device, name: str, *, averages: bool, not_reduced: frozenset[str]) -> None:

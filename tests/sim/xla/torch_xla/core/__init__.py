@@ -1,0 +1,1 @@
+"""SIMULATION of torch_xla.core."""
