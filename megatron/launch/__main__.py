@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.config.run import RunConfig, parse
 from megatron.launch import describe
+from megatron.launch.hostfile import is_own_address
 from megatron.launch.plan import Plan, make_plan
 
 
@@ -20,9 +21,9 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """
     host = platform.node()
     try:
-        plan = make_plan(argv, env, (host, host.partition(".")[0]))
+        plan = make_plan(argv, env, (host, host.partition(".")[0]), is_own_address)
         # Parsing here says once, before any process starts, what every process would say.
-        run = resolve(plan, env)
+        run = None if plan.check else resolve(plan, env)
         if plan.dry_run:
             print(describe.everything(plan, run))
             return 0

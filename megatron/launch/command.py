@@ -36,6 +36,8 @@ class Job:
     """Distinguishes rendezvous of different jobs."""
     max_restarts: int = 0
     """Times that all processes are started again after one of them has failed."""
+    timeout: int | None = None
+    """Seconds that nodes wait for each other; None = what the launcher likes."""
 
     @property
     def port(self) -> int:
@@ -100,6 +102,8 @@ def _torchrun(job: Job, where: list[str]) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.processes)]
     if job.max_restarts:
         command += ["--max-restarts", str(job.max_restarts)]
+    if job.timeout is not None:
+        command += ["--rdzv-conf", f"timeout={job.timeout},join_timeout={job.timeout}"]
     return [*command, "--", *job.script]
 
 

@@ -29,10 +29,12 @@ def command(plan: Plan) -> str:
     return shlex.join(plan.command)
 
 
-def everything(plan: Plan, run: RunConfig) -> str:
-    """Variables, resolved settings, DeepSpeed's JSON if it is used, exported variables and the command."""
-    parts = [("variables", "\n".join(variables(plan))), ("settings", "\n".join(dump.lines(run)))]
-    if run.deepspeed.deepspeed:
+def everything(plan: Plan, run: RunConfig | None) -> str:
+    """Variables, resolved settings if there is a run, DeepSpeed's JSON if it is used, exports and the command."""
+    parts = [("variables", "\n".join(variables(plan)))]
+    if run is not None:
+        parts.append(("settings", "\n".join(dump.lines(run))))
+    if run is not None and run.deepspeed.deepspeed:
         parts.append(("DeepSpeed JSON", json.dumps(merge(run.deepspeed_document, run), indent=2)))
     exports = [f"{variable.name}={variable.value}  # {variable.why}" for variable in plan.exports]
     parts += [("exported variables", "\n".join(exports)), ("command", command(plan))]

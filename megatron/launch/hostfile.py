@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -61,6 +62,22 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
     )
 
 
+def is_own_address(name: str) -> bool:
+    """Whether `name` resolves to an address of this machine: one that a socket can be bound to."""
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+            except OSError:
+                continue
+            return True
+    return False
+
+
 def _numbers(ranges: str) -> list[str]:
     """`01-03,7` -> 01 02 03 7; leading zeros keep their width."""
     numbers: list[str] = []
@@ -73,10 +90,27 @@ def _numbers(ranges: str) -> list[str]:
     return numbers
 
 
-def rank_of_this_node(hosts: Sequence[Host], own_names: Sequence[str]) -> int:
-    """Position in `hosts` of the machine known as any of `own_names`. Raises ValueError if it is not listed."""
+def rank_of_this_node(
+    hosts: Sequence[Host], own_names: Sequence[str], is_own_address: Callable[[str], bool] = lambda name: False
+) -> int:
+    """Position in `hosts` of this machine.
+
+    Args:
+        hosts: all machines.
+        own_names: names of this one.
+        is_own_address: whether a listed name or address is one of this machine's; asked where no name is.
+
+    Raises:
+        ValueError: it is not listed, or more than once.
+    """
     for rank, host in enumerate(hosts):
         if host.name in own_names:
             return rank
+    own = [rank for rank, host in enumerate(hosts) if is_own_address(host.name)]
+    if len(own) == 1:
+        return own[0]
+    if own:
+        names = ", ".join(hosts[rank].name for rank in own)
+        raise ValueError(f"this machine is {names} of the hostfile: pass --node-rank (NODE_RANK) to say which")
     listed = ", ".join(host.name for host in hosts)
     raise ValueError(f"this machine ({', '.join(own_names)}) is not in the hostfile ({listed}); pass --node-rank")

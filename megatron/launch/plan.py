@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,10 @@ _MODEL_PARALLEL = (
     "ds_sequence_parallel_size",
 )
 _REPOSITORY = Path(__file__).resolve().parents[2]
+_FOLDERS = ("save", "tensorboard_dir", "data_cache_path")
+"""Flags of the trainer that name a folder which all nodes write to."""
+_PATIENCE = 60
+"""Seconds that `--check` waits for other nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Plan:
     world_size: int
     command: tuple[str, ...]
     dry_run: bool
+    check: bool = False
+    """The command tries the nodes and does not train."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,17 +74,24 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--export", action="append", default=[], metavar="NAME=VALUE", help="variable that all processes get"
     )
+    result.add_argument("--check", action="store_true", help="try on every node what the run needs, and do not run")
     result.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     return result
 
 
-def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequence[str]) -> Plan:
+def make_plan(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    own_names: Sequence[str],
+    is_own_address: Callable[[str], bool] = lambda name: False,
+) -> Plan:
     """Decide the launch that `argv` and `environ` ask for.
 
     Args:
         argv: command line without the program's name.
         environ: the environment.
         own_names: names this machine may have in a hostfile.
+        is_own_address: whether a name or address of a hostfile, which is none of them, means this machine.
 
     Raises:
         ValueError: what is asked for is contradictory or not possible; the message names what to change.
@@ -101,7 +114,7 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
         model_parallel=model_parallel,
         nodes=nodes,
     )
-    if not own.dry_run and nodes == 1:
+    if not own.dry_run and not own.check and nodes == 1:
         select(device)
     asked = _exports(own.export, environ)
     wanted = [*asked, *accelerator.environment, host_threads(processes)]
@@ -111,17 +124,18 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
     several = nodes > 1
     passed = passed_on(accelerator.name, environ) if several else {}
     job = Job(
-        script=(_script(own.script), *flags),
+        script=_preflight(device, flags) if own.check else (_script(own.script), *flags),
         processes=processes,
         exports={variable.name: variable.value for variable in exports} | passed,
         nodes=nodes,
-        node_rank=_node_rank(own.node_rank, own.launcher, hosts, own_names) if several else 0,
+        node_rank=_node_rank(own.node_rank, own.launcher, hosts, own_names, is_own_address) if several else 0,
         master_addr=_master(own.master_addr, own.launcher, hosts) if several else own.master_addr,
         master_port=own.master_port,
         hosts=tuple(host.name for host in hosts[:nodes]),
         hostfile=own.hostfile,
         job_id=environ.get("SLURM_JOB_ID", "megatron"),
         max_restarts=own.max_restarts,
+        timeout=_PATIENCE if own.check else None,
     )
     return Plan(
         readings=readings,
@@ -130,6 +144,7 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str], own_names: Sequen
         world_size=nodes * processes,
         command=tuple(BUILDERS[own.launcher](job)),
         dry_run=own.dry_run,
+        check=own.check,
     )
 
 
@@ -223,14 +238,20 @@ def _nodes(asked: int | None, hosts: Sequence[Host]) -> int:
     return asked
 
 
-def _node_rank(asked: int | None, launcher: str, hosts: Sequence[Host], own_names: Sequence[str]) -> int:
+def _node_rank(
+    asked: int | None,
+    launcher: str,
+    hosts: Sequence[Host],
+    own_names: Sequence[str],
+    is_own_address: Callable[[str], bool],
+) -> int:
     """Only torchrun, started by hand on each node, has to be told which node this is."""
     if launcher != "torchrun":
         return 0
     if asked is not None:
         return asked
     if hosts:
-        return rank_of_this_node(hosts, own_names)
+        return rank_of_this_node(hosts, own_names, is_own_address)
     raise ValueError("several nodes without a hostfile: pass --node-rank (NODE_RANK), from 0")
 
 
@@ -259,6 +280,16 @@ def _exports(asked: Sequence[str], environ: Mapping[str, str]) -> list[EnvVar]:
             )
         result.append(EnvVar(name, value, "asked for"))
     return result
+
+
+def _preflight(device: str, flags: Sequence[str]) -> tuple[str, ...]:
+    """The program that tries the nodes, with the folders that the trainer's flags name."""
+    reader = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for dest in _FOLDERS:
+        reader.add_argument(f"--{dest.replace('_', '-')}", dest=dest)
+    known, _ = reader.parse_known_args(list(flags))
+    folders = [word for dest in _FOLDERS if getattr(known, dest) for word in ("--folder", getattr(known, dest))]
+    return (_script("tools/preflight.py"), "--device", device, "--timeout", str(_PATIENCE), *folders)
 
 
 def _script(asked: str) -> str:
