@@ -16,7 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.parity import FLOAT32_TOLERANCE, MODEL, Curve, Layout, Start, curve, difference, on_cpu, write_section
+from tests.parity import (
+    FLOAT32_TOLERANCE,
+    MODEL,
+    ONE_HEAD,
+    TWO_HEADS,
+    Curve,
+    Layout,
+    Start,
+    curve,
+    difference,
+    on_cpu,
+    write_section,
+)
 
 SAVED, STEPS = 5, 10
 ROUNDED_TOLERANCE = 5e-3
@@ -84,6 +96,11 @@ NPU_ZERO_3 = _deepspeed("ZeRO-3 DP2 on npu", 2, "--zero-stage 3", device="npu")
 NEURON = _native("PP2 on neuron", 2, _PP, device="neuron")
 FUSED = _native("1 process, adamw=fused", 1, "--op adamw=fused --optimizer adamw")
 PLAIN = _native("1 process, adamw=reference", 1, "--op adamw=reference --optimizer adam")
+CP2 = _native("CP2", 2, "--context-parallel-size 2")
+TP4_COPIES = _native("TP4, 2 kv heads", 4, "--tensor-model-parallel-size 4", model=TWO_HEADS)
+TWO_COPIES = _native("1 process, 2 kv heads", 1, model=TWO_HEADS)
+ZERO_1_COPIES = _deepspeed("ZeRO-1 TP2, 1 kv head", 2, f"--zero-stage 1 {_TP}", model=ONE_HEAD)
+DP2_COPIES = _native("DP2, 1 kv head", 2, model=ONE_HEAD)
 
 PAIRS: tuple[tuple[End, End], ...] = (
     *((end, end) for end in (ONE, TP2_DP2, DP2_SHARDED, PP2, *ZERO, ZERO_3_TP2, DS_PP2, DS_PP2_TIED, HOST)),
@@ -95,6 +112,8 @@ PAIRS: tuple[tuple[End, End], ...] = (
     *((DS_PP2_TIED, ONE_TIED), (ONE_TIED, DS_PP2_TIED), (HOST, ONE), (ONE, HOST), (HOST_3, ZERO[1]), (ONE, HOST_ADAM)),
     *((HOST_ADAM, ONE), (FUSED, PLAIN), (PLAIN, FUSED)),
     *((BF16[0], ONE_BF16), (ONE_BF16, BF16[2]), (DP2_BF16, BF16[1]), (FP16[1], DP2_FP16), (DP2_FP16, FP16[0])),
+    *((CP2, ZERO[2]), (TP4_COPIES, TWO_COPIES), (TWO_COPIES, TP4_COPIES)),
+    *((ZERO_1_COPIES, DP2_COPIES), (DP2_COPIES, ZERO_1_COPIES)),
     *((HPU, ONE), (ONE, HPU), (HPU_ZERO_1, PP2), (NPU, ONE), (NPU_ZERO_3, ONE), (ZERO[3], NPU), (NEURON, DP2)),
 )
 

@@ -43,6 +43,7 @@ def _folder(family: str, path: Path) -> StoredModel:
         ("llama", "", 1),
         ("gpt2", "--tensor-model-parallel-size 2", 2),
         pytest.param("bloom", "--pipeline-model-parallel-size 2", 2, marks=pytest.mark.slow),
+        pytest.param("llama", "--deepspeed --zero-stage 3", 2, marks=pytest.mark.slow),
         pytest.param("mistral", "--tensor-model-parallel-size 2 --zero-stage 3", 4, marks=pytest.mark.slow),
     ],
 )
