@@ -53,7 +53,12 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def heal(self, tensors: Mapping[str, Stored]) -> bool:
-        """Give ranks that hold another value than most that of the most, and say so; whether anything was changed."""
+        """Give ranks that hold another value than most that of the most, and say so; whether anything was changed.
+
+        Raises:
+            SaveError: as `finish`: the thread that writes talks over the same group, so it comes first.
+        """
+        self.finish()
         found = drifts(tensors, self._ranks)
         if found and self._ranks.is_first:
             self._log(f"WARNING: HEALED by the value of the ranks named first: {listing(found)}")

@@ -2,10 +2,10 @@
 
     python -m tests.checkpoint.kills --count 50
 
-A run on two ranks saves every few iterations, by turns before training goes on and while it does. One of its ranks gets
-SIGKILL: after a random time, or in the middle of a save. The other one must end by itself, the checkpoint that the
-tracker names must be whole, and the same command must go on from it. A run that comes to its end must have the losses
-and gradient norms of one that nobody disturbed, to the last bit.
+A run on two ranks saves every few iterations, from start to start by turns before training goes on and while it does.
+After a random number of iterations one of its ranks gets SIGKILL, at once or in the middle of the next save. The other
+one must end by itself, the checkpoint that the tracker names must be whole, and the next start must go on from it. A
+run that comes to its end must have the losses and gradient norms of one that nobody disturbed, to the last bit.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ SAVE_INTERVAL = 3
 SECONDS_TO_END = 60.0
 """For the surviving rank; the load of the machine is part of it."""
 SECONDS_TO_BEGIN = 240.0
-_LONGEST_LIFE = 1.5
-_POLL = 0.001
+_MOST_ITERATIONS = 15
+_MOST_SECONDS_MORE = 0.03
+_SECONDS_TO_SAVE = 30.0
+_POLL = 0.002
 _MODES = {"sync": (), "async": ("--async-save",)}
 
 
@@ -62,7 +64,7 @@ class Findings:
 
 
 def argv(folder: Path, mode: str) -> list[str]:
-    """The command of a run, the same for every life of it."""
+    """The command of a run."""
     return [
         *(*MODEL, *TRAINING, "--mock-data", "--train-iters", str(ITERATIONS)),
         *("--save", str(folder / "saved"), "--save-interval", str(SAVE_INTERVAL), "--auto-resume", "--keep-last", "2"),
@@ -97,22 +99,21 @@ def finish(words: Sequence[str], folder: Path) -> list[tuple[Any, ...]]:
     for rank in ranks:
         rank.join(SECONDS_TO_BEGIN + SECONDS_TO_END)
     codes = [rank.exitcode for rank in ranks]
-    assert codes == [0] * RANKS, (codes, *(log.read_text()[-2000:] for log in folder.glob("rank*.log")))
+    assert codes == [0] * RANKS, (codes, _logs(folder))
     return curve(folder)
 
 
-def one_life(words: Sequence[str], folder: Path, dice: random.Random, findings: Findings) -> bool:
+def one_life(folder: Path, mode: str, dice: random.Random, findings: Findings) -> bool:
     """Start a run, kill a rank and look at what is left; whether the run had come to its end before."""
-    before = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
-    ranks = start(words, folder)
-    if not _wait_for_training(folder, before, ranks):
-        return True
-    moment = _wait_for_moment(folder / "saved", dice)
-    victim = dice.choice(ranks)
-    if any(rank.exitcode == 0 for rank in ranks):
+    began = time.time()
+    ranks = start(argv(folder, mode), folder)
+    moment = _wait_for_moment(folder, ranks, began, dice)
+    if moment is None:
         for rank in ranks:
             rank.join(SECONDS_TO_END)
+        assert [rank.exitcode for rank in ranks] == [0] * RANKS, _logs(folder)
         return True
+    victim = dice.choice(ranks)
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -122,7 +123,7 @@ def one_life(words: Sequence[str], folder: Path, dice: random.Random, findings: 
             rank.kill()
             raise AssertionError(f"a rank was still alive {SECONDS_TO_END:.0f} s after the other one was killed")
     findings.kills += 1
-    findings.moments[moment] += 1
+    findings.moments[f"{mode} {moment}"] += 1
     findings.slowest_end = max(findings.slowest_end, time.monotonic() - killed)
     assert all(rank.exitcode != 0 for rank in ranks) or _complete(folder)
     assert_whole(folder / "saved")
@@ -133,34 +134,37 @@ def _complete(folder: Path) -> bool:
     return curve(folder)[-1][0] == ITERATIONS
 
 
-def _wait_for_training(folder: Path, before: int, ranks: Sequence[BaseProcess]) -> bool:
-    """Wait for the first record of this life; False if the run came to its end instead."""
-    metrics = folder / "metrics.jsonl"
+def _logs(folder: Path) -> list[str]:
+    return [log.read_text()[-2000:] for log in folder.glob("rank*.log")]
+
+
+def _wait_for_moment(folder: Path, ranks: Sequence[BaseProcess], began: float, dice: random.Random) -> str | None:
+    """Wait for the moment to kill and return which it is; None if the run ends before."""
+    target, wait_for_save = dice.randint(0, _MOST_ITERATIONS), dice.random() < 0.5
+    reached, saving = 0.0, float("inf")
     deadline = time.monotonic() + SECONDS_TO_BEGIN
-    while not metrics.exists() or metrics.stat().st_size <= before:
-        if metrics.exists():
-            before = min(before, metrics.stat().st_size)  # records of a lost life are dropped
-        if all(rank.exitcode is not None for rank in ranks):
-            codes = [rank.exitcode for rank in ranks]
-            assert codes == [0] * RANKS, (codes, *(log.read_text()[-2000:] for log in folder.glob("rank*.log")))
-            return False
-        assert time.monotonic() < deadline, "the run does not begin"
-        time.sleep(_POLL)
-    return True
-
-
-def _wait_for_moment(saved: Path, dice: random.Random) -> str:
-    """Wait for the moment to kill: any, or one in the middle of a save; returns which it is."""
-    deadline = time.monotonic() + dice.uniform(0.0, _LONGEST_LIFE)
-    saving = dice.random() < 0.5
-    if saving:
-        deadline += _LONGEST_LIFE
-    while time.monotonic() < deadline:
-        if saving and any(saved.glob(".iter_*.tmp-*")):
-            time.sleep(dice.uniform(0.0, 0.02))
+    while time.monotonic() < min(deadline, saving):
+        if any(rank.exitcode is not None for rank in ranks):
+            return None
+        in_save = any((folder / "saved").glob(".iter_*.tmp-*"))
+        if reached and in_save:
             break
+        if not reached and _iterations(folder, began) >= target:
+            reached = time.monotonic()
+            saving = reached + (_SECONDS_TO_SAVE if wait_for_save else 0.0)
         time.sleep(_POLL)
-    return "in a save" if any(saved.glob(".iter_*")) else "in training"
+    assert reached, ("the run does not begin", _logs(folder))
+    time.sleep(dice.uniform(0.0, _MOST_SECONDS_MORE))
+    if any(rank.exitcode is not None for rank in ranks):
+        return None
+    return "in a save" if any((folder / "saved").glob(".iter_*")) else "in training"
+
+
+def _iterations(folder: Path, began: float) -> int:
+    """Iterations that were logged since a moment (seconds since 1970); -1 before the run has begun."""
+    records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    own = [record["kind"] for record in records if record["time"] >= began]
+    return own.count("train") if "start" in own else -1
 
 
 def assert_whole(saved: Path) -> None:
@@ -180,14 +184,12 @@ def kill(count: int, seed: int, folder: Path, modes: Sequence[str] = tuple(_MODE
     assert [record[0] for record in expected] == list(range(1, ITERATIONS + 1))
     number = 0
     while findings.kills < count:
-        mode = modes[number % len(modes)]
-        here = _made(folder / f"run{number}-{mode}")
-        words = argv(here, mode)
+        here = _made(folder / f"run{number}")
         ended = False
         while not ended and findings.kills < count:
-            ended = one_life(words, here, dice, findings)
-            print(f"{mode}: {findings}", flush=True)
-        found = curve(here) if ended else finish(words, here)
+            ended = one_life(here, modes[findings.kills % len(modes)], dice, findings)
+            print(findings, flush=True)
+        found = curve(here) if ended else finish(argv(here, modes[0]), here)
         assert found == expected, f"the losses of run {number} differ"
         assert_whole(here / "saved")
         findings.runs_finished += 1

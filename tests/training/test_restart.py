@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ def _in_turn(runs: Sequence[Sequence[str]]) -> list[str]:
     return ends
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_costs_one_checkpoint_and_no_run(tmp_path: Path) -> None:
     first = tmp_path / "first"
     run_ranks(1, train, _words(first), init=False)
@@ -117,6 +119,7 @@ def test_killed_ranks_lose_nothing(tmp_path: Path) -> None:
     assert findings.runs_finished >= 1
 
 
+@pytest.mark.slow
 def test_fewer_processes_go_on_from_what_more_have_saved(tmp_path: Path) -> None:
     words = _words(tmp_path, "--exit-interval", "4")
     run_ranks(2, train, words, init=False)
@@ -124,3 +127,43 @@ def test_fewer_processes_go_on_from_what_more_have_saved(tmp_path: Path) -> None
     run_ranks(1, train, _words(tmp_path), init=False)
     assert _resumed_at(tmp_path) == 4
     assert sorted(_losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+_TENSOR = ("--tensor-model-parallel-size", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*_TENSOR, "--sequence-parallel", "--bf16", "--use-distributed-optimizer"),
+        (*_TENSOR, "--deepspeed", "--zero-stage", "2", "--bf16"),
+        ("--pipeline-model-parallel-size", "2", "--zero-stage", "0"),
+    ],
+    ids=["native", "deepspeed", "pipeline"],
+)
+def test_verified_and_written_by_a_thread_the_run_goes_on_to_the_last_bit(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(4, train, _words(whole, *flags), init=False, timeout=_SECONDS)
+    safe = (*flags, "--async-save", "--verify-checkpoint", "--heal-replica-drift")
+    for more in (("--exit-interval", "3"), ()):
+        run_ranks(4, train, _words(parts, *safe, *more), init=False, timeout=_SECONDS)
+    assert _resumed_at(parts) == 3
+    assert _losses(parts) == _losses(whole)
+
+
+@pytest.mark.slow
+def test_a_kill_switch_saves_and_ends_the_run(tmp_path: Path) -> None:
+    switch = tmp_path / "switch"
+
+    def throw() -> None:
+        _wait_for(tmp_path / "saved" / TRACKER)
+        switch.touch()
+
+    threading.Thread(target=throw, daemon=True).start()
+    run_ranks(2, train, _words(tmp_path, "--kill-switch-path", str(switch), iterations=100_000), init=False)
+    last = max(_losses(tmp_path))
+    assert 2 <= last < 100_000
+    assert max(list_checkpoints(tmp_path / "saved")) == last

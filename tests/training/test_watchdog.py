@@ -79,6 +79,7 @@ def _is_stopped() -> None:
     _work("is stopped")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path) -> None:
     codes, outputs = run(_hangs, 2, tmp_path)
     assert codes == [1, 1]
@@ -90,6 +91,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path) -> None:
     assert "Where the ranks are" not in outputs[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     codes, outputs = run(_is_stopped, 2, tmp_path)
     assert codes == [1, -signal.SIGKILL]  # the stopped one is ended by `run`, as by a launcher
