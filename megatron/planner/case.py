@@ -204,6 +204,7 @@ def case_of(
         grad_itemsize=2 if settings["grad_reduce_in_bf16"] else 4,
         moments=_moments(settings),
         kernels=Kernels(attention=_attention(settings, arch, machine)),
+        fp8=settings["fp8_format"] is not None,
         documents=settings["reset_attention_mask"],
         compiled=settings["use_torch_compile"],
     )

@@ -63,6 +63,12 @@ def test_current_scaling_looks_at_nothing_else():
     assert scaling.tensors() == {}
 
 
+def test_what_each_rank_measures_for_itself_is_not_saved():
+    scaling = _scaling(reduce=False)
+    assert _step(scaling, 7.0) == _step(scaling, 1.0) == [64.0]
+    assert scaling.tensors() == {}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
 def test_what_is_no_measure_repeats_the_one_before(bad):
     scaling = _scaling(history=2)

@@ -113,6 +113,7 @@ def test_a_ring_sends_all_but_its_own_part():
     [
         (SEVEN + "--recompute-granularity full", SEVEN),
         (SEVEN, SEVEN + "--use-torch-compile"),
+        (SEVEN, SEVEN + "--fp8-format hybrid"),
         (SEVEN + "--attention-backend unfused", SEVEN),
         (SEVEN + "--tensor-model-parallel-size 8 --sequence-parallel", SEVEN),
         (SEVEN + "--deepspeed --zero-stage 1", SEVEN + "--zero-stage 1"),
