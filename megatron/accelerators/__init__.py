@@ -61,7 +61,7 @@ def deepspeed_environment(accelerator: Accelerator, env: Mapping[str, str]) -> d
     """Variables DeepSpeed must find before its first import, so that it uses the device chosen here.
 
     `LOCAL_SIZE` is set by DeepSpeed's own launcher only; without it, its shared-memory collectives crash under
-    torchrun.
+    torchrun. `LOCAL_RANK` is set by launchers only; a process on its own is the first of its node.
 
     Args:
         accelerator: the device of this run.
@@ -80,7 +80,7 @@ def deepspeed_environment(accelerator: Accelerator, env: Mapping[str, str]) -> d
             f"unset DS_ACCELERATOR or pass the matching --device"
         )
     local_size = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE", "1")
-    return {"DS_ACCELERATOR": wanted, "LOCAL_SIZE": local_size}
+    return {"DS_ACCELERATOR": wanted, "LOCAL_SIZE": local_size, "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
 
 
 def _what_is_here() -> str:

@@ -82,12 +82,21 @@ LINKS: tuple[Link, ...] = (
     Link("bf16.enabled", "bf16", _truth),
     Link("fp16.enabled", "fp16", _truth),
     Link("zero_optimization.stage", "zero_stage", _stage),
+)
+# Written only where the setting says something that the file does not: it may say more (nvme), or how.
+OPTIONAL_LINKS: tuple[Link, ...] = (
     Link(
         "zero_optimization.offload_optimizer.device",
         "cpu_optimizer",
-        _word({"cpu": True, "none": False}),
+        _word({"cpu": True, "nvme": True, "none": False}),
         lambda on_host: "cpu" if on_host else "none",
     ),
+    Link(
+        "zero_optimization.offload_param.device",
+        "remote_device",
+        _word({device: device for device in ("cpu", "nvme", "none")}),
+    ),
+    Link("zero_optimization.overlap_comm", "overlap_grad_reduce", _truth),
 )
 FLOAT16_LINKS: tuple[Link, ...] = (
     Link("fp16.loss_scale", "loss_scale", lambda value: _number(value) or None, lambda value: value or 0),
@@ -109,6 +118,8 @@ OPTIMIZER_LINKS: tuple[Link, ...] = (
     Link("optimizer.params.eps", "adam_eps", _number),
     Link("optimizer.params.weight_decay", "weight_decay", _number),
 )
+# Recomputation is this project's own, for both engines.
+ACTIVATION_LINKS = (Link("activation_checkpointing.cpu_checkpointing", "checkpoint_in_cpu", _truth),)
 REFUSED_SECTIONS: Mapping[str, str] = {
     "scheduler": "the learning rate follows --lr, --lr-decay-style and their family",
     "amp": "use --fp16 or --bf16",
@@ -163,7 +174,7 @@ def settings_of(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 def _links(document: Mapping[str, Any]) -> tuple[Link, ...]:
     """The links that mean something in this file: a loss scale does only beside float16."""
     float16 = FLOAT16_LINKS if _lookup(document, "fp16.enabled") in (True, AUTO) else ()
-    return LINKS + float16 + OPTIMIZER_LINKS
+    return LINKS + OPTIONAL_LINKS + float16 + OPTIMIZER_LINKS + ACTIVATION_LINKS
 
 
 def _refused(document: Mapping[str, Any]) -> Iterator[str]:
@@ -171,6 +182,11 @@ def _refused(document: Mapping[str, Any]) -> Iterator[str]:
         section = document.get(key)
         if section and not (isinstance(section, dict) and section.get("enabled") is False):
             yield f"{key} in DeepSpeed's JSON: {reason}; remove the section"
+    if _lookup(document, "activation_checkpointing.partition_activations") is True:
+        yield (
+            "activation_checkpointing.partition_activations = true in DeepSpeed's JSON: recomputed layers keep their "
+            "input on every rank, or on its host (cpu_checkpointing); set it to false"
+        )
 
 
 def contradictions(document: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
@@ -200,6 +216,18 @@ def accumulation_differs(document: Mapping[str, Any], settings: Mapping[str, Any
         )
 
 
+def offload_problems(document: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for each thing that cannot be moved off the device as the file and the flags say."""
+    stage = settings["zero_stage"]
+    for part in ("offload_optimizer", "offload_param"):
+        key = f"zero_optimization.{part}"
+        device = settings["remote_device"] if part == "offload_param" else _lookup(document, f"{key}.device")
+        if device == "nvme" and stage != 3:
+            yield f'{key}.device = "nvme": only with --zero-stage 3, which is {stage}; take "cpu"'
+        elif device == "nvme" and not _lookup(document, f"{key}.nvme_path"):
+            yield f'{key}.device = "nvme": give {key}.nvme_path in DeepSpeed\'s JSON, a folder on that drive'
+
+
 def merge(document: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
     """DeepSpeed's configuration for a run: the file, with what the settings say filled in.
 
@@ -212,8 +240,11 @@ def merge(document: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
     problems = [*contradictions(document, settings), *accumulation_differs(document, settings)]
     result = copy.deepcopy({key: value for key, value in document.items() if key != "optimizer"})
     for link in LINKS + (FLOAT16_LINKS if run.precision.fp16 else ()):
-        if link.setting != "cpu_optimizer" or run.optimizer.cpu_optimizer:
-            _store(result, link.key, link.write(settings[link.setting]))
+        _store(result, link.key, link.write(settings[link.setting]))
+    for link in OPTIONAL_LINKS:
+        says, value = _lookup(result, link.key), settings[link.setting]
+        if says == AUTO or (says is None and value not in (False, "none")):
+            _store(result, link.key, link.write(value))
     if not run.precision.fp16:
         result["fp16"] = {"enabled": False}
     micro_batches = run.training.global_batch_size // (run.training.micro_batch_size * run.parallel.data_parallel_size)
@@ -236,7 +267,7 @@ def _defaults(run: RunConfig) -> dict[str, Any]:
     if run.optimizer.cpu_optimizer:
         defaults["zero_force_ds_cpu_optimizer"] = not run.optimizer.cpu_torch_adam
     if run.precision.bf16 and run.precision.accumulate_allreduce_grads_in_fp32:
-        defaults["data_types.grad_accum_dtype"] = "fp32"
+        defaults |= {"data_types.grad_accum_dtype": "fp32", "communication_data_type": "fp32"}
     return defaults
 
 

@@ -152,7 +152,8 @@ def _iterations(samples: int, batch: int | None, ramp_up: tuple[str, ...] | None
 
 def _small(s: Settings) -> Changes:
     """Defaults that depend on one other setting."""
-    full = s["recompute_granularity"] == "full"
+    listed = s["recomputation_layer_num"] is not None
+    granularity = s["recompute_granularity"] or ("full" if listed else None)
     tokenizer = s["tokenizer_type"] or ("NullTokenizer" if s["mock_data"] else "GPT2BPETokenizer")
     vocab_size = s["vocab_size"]
     if tokenizer == "NullTokenizer" and vocab_size is None and s["preset"] in PRESETS:
@@ -164,7 +165,9 @@ def _small(s: Settings) -> Changes:
         "dataloader_type": s["dataloader_type"] or "single",
         "start_weight_decay": s["weight_decay"] if s["start_weight_decay"] is None else s["start_weight_decay"],
         "end_weight_decay": s["weight_decay"] if s["end_weight_decay"] is None else s["end_weight_decay"],
-        "recompute_method": s["recompute_method"] or ("uniform" if full else None),
+        "recompute_granularity": granularity,
+        "recompute_method": s["recompute_method"]
+        or ({True: "block", False: "uniform"}[listed] if granularity == "full" else None),
         "lr": 0.0 if s["lr"] is None and s["skip_train"] else s["lr"],
     }
 

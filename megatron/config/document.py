@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from megatron.config import rules
-from megatron.config.equivalents import EQUIVALENTS
+from megatron.config.equivalents import OPTIONS
 from megatron.config.legacy import LEGACY, Effect
-from megatron.config.parser import SECTIONS, groups
+from megatron.config.parser import SECTIONS, groups, shown
+from megatron.config.plugins import PLUGINS
 from megatron.config.presets import PRESETS
 from megatron.config.schema import Option
 
@@ -52,11 +53,15 @@ def document() -> str:
         doc = SECTIONS[name].__doc__ if name in SECTIONS else None
         rows = [_row(option, _meaning(option)) for option in groups()[name]]
         parts.append(_table(title, doc or "", ("flag", "value", "default", "meaning"), rows))
-    short = {row.option.dest: row.option for row in EQUIVALENTS}.values()
-    rows = [_row(option, option.help) for option in short]
+    rows = [_row(option, option.help) for option in OPTIONS]
     parts.append(
         _table("Short forms", "Flags for a value of another setting.", ("flag", "value", "default", "meaning"), rows)
     )
+    plugins = [
+        (f"`{name}`", " ".join(f"`{shown(*item)}`" for item in plugin.settings.items()), plugin.meaning)
+        for name, plugin in PLUGINS.items()
+    ]
+    parts.append(_table("Plugins", "Values of `--plugin`.", ("plugin", "stands for", "meaning"), plugins))
     parts += [_legacy(effect) for effect in _EFFECTS]
     parts.append(_presets())
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron.config.schema import option
 
@@ -17,4 +18,7 @@ class DeepSpeedConfig:
         "DeepSpeed's JSON file. Without it the JSON is made from the flags.",
         "--deepspeed_config",
         aliases=("--deepspeed-config",),
+    )
+    remote_device: Literal["none", "cpu", "nvme"] = option(
+        "none", "With stage 3: where parameters lie while they are not used; nvme needs a folder in the JSON file."
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.plugins import PLUGINS
 from megatron.config.schema import Kind, Option
 
 SAME = object()  # the setting takes the value of the flag
@@ -55,6 +56,15 @@ _FUSED_SDPA = Option(
     default=None,
     help="true is the same as --attention-backend fused, false as --attention-backend unfused.",
 )
+_CHECKPOINT_POLICY = Option(
+    dest="checkpoint_policy",
+    names=("--checkpoint-policy",),
+    kind="str",
+    default=None,
+    help="With --checkpoint-activations in AscendSpeed's scripts: all layers (full), those of --checkpoint_block_layer "
+    "(block) or those of --recomputation-layer-num (custom).",
+    choices=("full", "block", "custom"),
+)
 EQUIVALENTS: tuple[Equivalent, ...] = (
     _switch("--use-rotary-position-embeddings", position_embedding_type="rope"),
     _switch("--use-alibi-position-embeddings", position_embedding_type="alibi"),
@@ -70,8 +80,13 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     _switch("--squared-relu", activation="squared_relu"),
     _switch("--openai-gelu", activation="gelu_tanh"),
     _switch("--recompute-activations", recompute_granularity="selective"),
-    _switch("--checkpoint-activations", recompute_granularity="full", recompute_method="uniform"),
+    _switch("--checkpoint-activations", recompute_granularity="full"),
     _value("--checkpoint-num-layers", "int", 1, "recompute_num_layers"),
+    _value("--checkpoint_block_layer", "int", None, "recompute_num_layers"),
+    *(
+        Equivalent(_CHECKPOINT_POLICY, policy, {"recompute_granularity": "full", "recompute_method": method})
+        for policy, method in (("full", "uniform"), ("block", "block"), ("custom", "block"))
+    ),
     _switch("--dataloader-inter-document-masking", reset_attention_mask=True),
     _switch("--full-validation", eval_iters=-1),
     _switch("--enable-zbh1-pipeline", pipeline_schedule="zero-bubble"),
@@ -87,6 +102,17 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     Equivalent(_FUSED_SDPA, True, {"attention_backend": "fused"}),
     Equivalent(_FUSED_SDPA, False, {"attention_backend": "unfused"}),
 )
+PLUGIN = Option(
+    dest="plugin",
+    names=("--plugin",),
+    kind="str",
+    default=None,
+    help="Settings that one of Colossal-AI's plugins stands for, listed below; flags of these settings win.",
+    choices=tuple(PLUGINS),
+)
+_PLUGINS = tuple(Equivalent(PLUGIN, name, plugin.settings, yields=True) for name, plugin in PLUGINS.items())
+OPTIONS: tuple[Option, ...] = (*{row.option.dest: row.option for row in EQUIVALENTS}.values(), PLUGIN)
+"""Every flag that stands for values of other settings."""
 
 
 def expand(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -98,7 +124,7 @@ def expand(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     settings = dict(given)
     source: dict[str, str] = {}
     problems: list[str] = []
-    for row in sorted(EQUIVALENTS, key=lambda row: row.yields):
+    for row in sorted((*EQUIVALENTS, *_PLUGINS), key=lambda row: row.yields):
         option = row.option
         if option.dest not in given or not _applies(row, given[option.dest]):
             continue

@@ -105,7 +105,6 @@ WITHOUT_EFFECT = (
         "communication always overlaps where the engine and the device can",
         (
             ("--no-async-tensor-model-parallel-allreduce", True),
-            ("--overlap-grad-reduce", False),
             ("--overlap-param-gather", False),
             ("--no-contiguous-buffers-in-local-ddp", True),
             ("--no-scatter-gather-tensors-in-pipeline", True),
@@ -320,12 +319,10 @@ REFUSED = (
     ("recomputation takes whole layers or attention; see --recompute-granularity", (("--split-transformers", False),)),
     ("the loss is always computed in float32", (("--fp16-lm-cross-entropy", False),)),
     ("all ranks start from the same weights", (("--data-parallel-random-init", False),)),
-    ("set offload_param in DeepSpeed's JSON", (("--remote-device", "none", "str", ("none", "cpu", "nvme")),)),
     (
-        "recomputed layers keep their whole input on the device",
+        "every tensor-parallel rank keeps the inputs of recomputed layers; --sequence-parallel splits them",
         (
             ("--partition-activations", False),
-            ("--checkpoint-in-cpu", False),
             ("--distribute-saved-activations", False),
             ("--distribute-checkpointed-activations", False),
         ),

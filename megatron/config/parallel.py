@@ -82,6 +82,9 @@ class ParallelConfig:
         1, "Copies of the sharded optimizer (hybrid sharding): groups of ranks.", minimum=1
     )
 
+    overlap_grad_reduce: bool = option(
+        False, "DeepSpeed: reduce gradients beside the backward pass. The native engine always does."
+    )
     distributed_backend: Literal["nccl", "gloo", "ccl", "hccl", "neuron", "xla"] | None = option(
         "nccl", "Collective library. Without the flag: that of the device."
     )

@@ -9,11 +9,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from megatron.config import equivalents
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.device import DeviceConfig
 from megatron.config.engine import DeepSpeedConfig
-from megatron.config.equivalents import EQUIVALENTS
 from megatron.config.legacy import LEGACY
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
@@ -63,7 +63,7 @@ def groups() -> Mapping[str, tuple[Option, ...]]:
     """All options: by section, then those without a field."""
     found = {name: options(section) for name, section in SECTIONS.items()}
     found["run"] = (DRY_RUN,)
-    found["equivalents"] = tuple({row.option.dest: row.option for row in EQUIVALENTS}.values())
+    found["equivalents"] = equivalents.OPTIONS
     found["legacy"] = tuple(row.option for row in LEGACY)
     return found
 

@@ -21,6 +21,7 @@ from megatron.config.moe import MoeConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.parser import SECTIONS, ConfigError, all_options, defaults, flag_of, read, shown
+from megatron.config.plugins import PLUGINS
 from megatron.config.precision import PrecisionConfig
 from megatron.config.presets import preset
 from megatron.config.tokenizer import TokenizerConfig
@@ -116,6 +117,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str], *, read_record: RecordRea
         *_missing(settings, problems),
         *deepspeed.contradictions(document, given),
         *deepspeed.accumulation_differs(document, settings),
+        *deepspeed.offload_problems(document, settings),
         *rules.not_yet(settings, shown),
         *rules.violations(settings, frozenset(explicit) | given.keys()),
     ]
@@ -131,7 +133,7 @@ def parse(argv: Sequence[str], env: Mapping[str, str], *, read_record: RecordRea
         deepspeed_document=document,
         given=frozenset(explicit),
         without_effect={row.option.dest: flags[row.option.dest] for row in LEGACY if row.option.dest in flags},
-        notes=(*_legacy_notes(flags), *_expert_notes(flags, settings), *notes),
+        notes=(*_plugin_notes(flags, given), *_legacy_notes(flags), *_expert_notes(flags, settings), *notes),
     )
 
 
@@ -183,6 +185,17 @@ def _from_checkpoint(
         if name in asked and asked[name] != value
     ]
     return taken, problems
+
+
+def _plugin_notes(flags: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """What --plugin sets, and what other flags say instead."""
+    if "plugin" not in flags:
+        return []
+    settings = PLUGINS[flags["plugin"]].settings
+    taken = [shown(name, value) for name, value in settings.items() if given[name] == value]
+    instead = [shown(name, given[name]) for name, value in settings.items() if given[name] != value]
+    text = f"--plugin {flags['plugin']} sets {' '.join(taken) or 'nothing'}"
+    return [text + (f"; other flags win: {' '.join(instead)}" if instead else "")]
 
 
 def _legacy_problems(flags: Mapping[str, Any]) -> list[str]:

@@ -136,9 +136,16 @@ def weight_decay_grows(
 def host_optimizer_is_for_deepspeed(cpu_optimizer: bool, cpu_torch_adam: bool, deepspeed: bool) -> str | None:
     """The optimizer on the host is DeepSpeed's."""
     if cpu_optimizer and not deepspeed:
-        return "--cpu-optimizer: only with --deepspeed"
+        return "--cpu-optimizer: only with --deepspeed; the native engine keeps its state on the devices"
     if cpu_torch_adam and not cpu_optimizer:
         return "--cpu_torch_adam: only with --cpu-optimizer"
+    return None
+
+
+def parameters_elsewhere_are_sharded(remote_device: str, deepspeed: bool, zero_stage: int) -> str | None:
+    """DeepSpeed's stage 3 has parameters on the device only while they are used."""
+    if remote_device != "none" and not (deepspeed and zero_stage == 3):
+        return f"--remote-device {remote_device}: only with --deepspeed and --zero-stage 3"
     return None
 
 
@@ -215,6 +222,43 @@ def recomputation_is_complete(
         return f"--recompute-method {recompute_method}: only with --recompute-granularity full"
     if recompute_granularity != "full" and "recompute_num_layers" in given:
         return "--recompute-num-layers: only with --recompute-granularity full"
+    return None
+
+
+def recomputed_layers_are_listed_once(
+    recompute_granularity: str | None,
+    recompute_method: str | None,
+    recomputation_layer_num: tuple[int, ...],
+    pipeline_stage_layers: tuple[int, ...],
+    given: Given,
+) -> str | None:
+    """A list has a number for each stage, of layers that are there."""
+    text = f"--recomputation-layer-num {' '.join(map(str, recomputation_layer_num))}"
+    if (recompute_granularity, recompute_method) != ("full", "block"):
+        return f"{text}: only with --recompute-granularity full and --recompute-method block, which can be left out"
+    if "recompute_num_layers" in given:
+        return f"{text} and --recompute-num-layers: give one of them"
+    if len(recomputation_layer_num) != len(pipeline_stage_layers):
+        return f"{text}: must be {len(pipeline_stage_layers)} numbers, one for each pipeline stage"
+    pairs = enumerate(zip(recomputation_layer_num, pipeline_stage_layers, strict=True))
+    wrong = [f"stage {stage} has {layers}, not {asked}" for stage, (asked, layers) in pairs if asked > layers]
+    return f"{text}: must be at most the layers of each stage; {wrong[0]}" if wrong else None
+
+
+def activations_on_the_host_are_kept(
+    checkpoint_in_cpu: bool,
+    cpu_offloading_num_layers: int,
+    recompute_granularity: str | None,
+    pipeline_stage_layers: tuple[int, ...],
+) -> str | None:
+    """Inputs of recomputed layers, or activations of layers that are not: one of them goes to the host."""
+    text, full = f"--cpu-offloading-num-layers {cpu_offloading_num_layers}", recompute_granularity == "full"
+    if checkpoint_in_cpu and not full:
+        return "--checkpoint-in-cpu: only with --recompute-granularity full; take --cpu-offloading-num-layers without"
+    if cpu_offloading_num_layers and full:
+        return f"{text}: not with --recompute-granularity full; take --checkpoint-in-cpu"
+    if cpu_offloading_num_layers > max(pipeline_stage_layers):
+        return f"{text}: must be at most {max(pipeline_stage_layers)}, the layers of a stage"
     return None
 
 
@@ -379,6 +423,7 @@ RULES: tuple[Rule, ...] = (
     one_scheduler_wins,
     weight_decay_grows,
     host_optimizer_is_for_deepspeed,
+    parameters_elsewhere_are_sharded,
     one_half_precision,
     loss_scale_is_for_float16,
     gradients_have_one_format,
@@ -389,6 +434,8 @@ RULES: tuple[Rule, ...] = (
     hybrid_sharding_divides,
     recomputation_is_complete,
     recomputed_layers_exist,
+    recomputed_layers_are_listed_once,
+    activations_on_the_host_are_kept,
     saving_has_an_interval,
     auto_resume_needs_the_optimizer,
     what_is_beside_checkpoints_is_local,

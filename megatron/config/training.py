@@ -77,10 +77,21 @@ class TrainingConfig:
         0, "Iterations between garbage collections; 0 collects only around evaluations.", minimum=0
     )
 
-    recompute_granularity: Literal["full", "selective"] | None = option(
-        None, "What is recomputed in the backward pass: whole layers, or attention alone."
+    recompute_granularity: Literal["full", "selective", "mlp"] | None = option(
+        None,
+        "What is recomputed in the backward pass: whole layers, attention (selective) or the feed-forward block (mlp).",
     )
     recompute_method: Literal["uniform", "block"] | None = option(
         None, "With full: every group of layers, or the first layers of each stage one by one."
     )
     recompute_num_layers: int = option(1, "Layers in a group (uniform), or layers recomputed (block).", minimum=1)
+    recomputation_layer_num: tuple[int, ...] | None = option(
+        None,
+        "Layers that are recomputed in each pipeline stage, its first ones: one number for every stage. Stands for "
+        "--recompute-granularity full --recompute-method block.",
+        minimum=0,
+    )
+    checkpoint_in_cpu: bool = option(False, "With full: keep the inputs of recomputed layers in the host's memory.")
+    cpu_offloading_num_layers: int = option(
+        0, "Layers of each stage, its first ones, that keep their activations in the host's memory.", minimum=0
+    )

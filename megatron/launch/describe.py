@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from megatron.config import dump
 from megatron.config.deepspeed import merge
 from megatron.config.run import RunConfig
+from megatron.launch.forecast import forecast
 from megatron.launch.plan import Plan
 
 
@@ -30,12 +31,14 @@ def command(plan: Plan) -> str:
 
 
 def everything(plan: Plan, run: RunConfig | None) -> str:
-    """Variables, resolved settings if there is a run, DeepSpeed's JSON if it is used, exports and the command."""
+    """Variables, of a run resolved settings, DeepSpeed's JSON, memory and time; exports and the command."""
     parts = [("variables", "\n".join(variables(plan)))]
     if run is not None:
         parts.append(("settings", "\n".join(dump.lines(run))))
     if run is not None and run.deepspeed.deepspeed:
         parts.append(("DeepSpeed JSON", json.dumps(merge(run.deepspeed_document, run), indent=2)))
+    if run is not None:
+        parts.append(("plan", forecast(plan)))
     exports = [f"{variable.name}={variable.value}  # {variable.why}" for variable in plan.exports]
     parts += [("exported variables", "\n".join(exports)), ("command", command(plan))]
     return "\n\n".join(f"== {title}\n{text}" for title, text in parts if text)

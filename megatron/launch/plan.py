@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.accelerators import EnvVar, host_threads, load, select
 from megatron.config.parallel import ParallelConfig
+from megatron.config.plugins import PLUGINS
 from megatron.config.schema import options
 from megatron.launch import env
 from megatron.launch.command import BUILDERS, Job
@@ -38,6 +39,9 @@ class Plan:
     exports: tuple[EnvVar, ...]
     """Variables that the processes get and that the user has not set."""
     world_size: int
+    device: str
+    machine: str | None
+    """What the ranks are, for the plan of a dry run: `--machine`."""
     command: tuple[str, ...]
     dry_run: bool
     check: bool = False
@@ -76,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--check", action="store_true", help="try on every node what the run needs, and do not run")
     result.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    result.add_argument("--machine", metavar="NAME", help="what a dry run plans memory and time for (h100)")
     return result
 
 
@@ -142,6 +147,8 @@ def make_plan(
         flags=tuple(flags),
         exports=exports,
         world_size=nodes * processes,
+        device=accelerator.name,
+        machine=own.machine,
         command=tuple(BUILDERS[own.launcher](job)),
         dry_run=own.dry_run,
         check=own.check,
@@ -208,6 +215,10 @@ def _layout(flags: Sequence[str]) -> tuple[int, str]:
         if option.dest in _MODEL_PARALLEL:
             reader.add_argument(*option.names, dest=option.dest, type=int, default=option.default)
     reader.add_argument("--device", default="auto")
+    reader.add_argument("--plugin")
+    plugin = PLUGINS.get(reader.parse_known_args(list(flags))[0].plugin)
+    if plugin is not None:
+        reader.set_defaults(**plugin.settings)
     known, _ = reader.parse_known_args(list(flags))
     ranks = 1
     for dest in _MODEL_PARALLEL:

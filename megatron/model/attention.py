@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TypedDict
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.model.cache import KeyValueCache
 from megatron.model.inputs import LayerInputs
 from megatron.model.norm import Norm
+from megatron.model.recompute import recomputed
 from megatron.model.setting import Setting
 from megatron.mpu.collectives import own_part
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, column_linears
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         if inputs.cache is not None:
             mixed = self._with_cache(q, k, v, inputs, inputs.cache)
         elif setting.recompute.granularity == "selective" and self.training:
-            mixed = checkpoint(self._core, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+            mixed = recomputed(self._core, q, k, v, inputs)
         else:
             mixed = self._core(q, k, v, inputs)
         return self.output(mixed.flatten(2))

@@ -8,6 +8,7 @@ from megatron.model.attention import Attention
 from megatron.model.inputs import LayerInputs
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
+from megatron.model.recompute import recomputed
 from megatron.model.setting import Setting
 from megatron.mpu.random import Site, dropout_seed, seed_device
 
@@ -35,7 +36,8 @@ class Block(nn.Module):
         output, bias = self.attention(normed, inputs)
         hidden = self._add(output, bias, hidden, normed, "attention_output", inputs)
         normed = self.mlp_norm(hidden)
-        output, bias = self.mlp(normed)
+        again = self._setting.recompute.granularity == "mlp" and self.training
+        output, bias = recomputed(self.mlp, normed) if again else self.mlp(normed)
         return self._add(output, bias, hidden, normed, "mlp_output", inputs)
 
     def _add(

@@ -6,18 +6,19 @@ Legend: s=sequence, b=micro-batch, h=hidden, v=padded vocabulary, t=tensor-paral
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.config.architecture import Architecture
 from megatron.model.block import Block
 from megatron.model.embedding import Embedding
 from megatron.model.inputs import LayerInputs, ModelInputs
 from megatron.model.norm import Norm
+from megatron.model.recompute import RecomputePlan, kept_on_host, recomputed
 from megatron.model.rotary import Positions
-from megatron.model.setting import RecomputePlan, Setting
+from megatron.model.setting import Setting
 from megatron.mpu.deferred import DeferredGradients, WeightTask
 from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.layers import ColumnParallelLinear, column_linears
@@ -38,7 +39,7 @@ class GPT(nn.Module):
         layers: global numbers of the layers held here; None = all.
         first: hold the embedding: the input is token ids.
         last: hold the final norm and the head: the output is logits.
-        recompute: activations to recompute in backward.
+        recompute: activations to recompute in backward, or to keep on the host, in this stage.
         deferred: takes over the gradients of the weights of linear layers, see `mpu.deferred`.
         dtype, device: of the parameters, which are uninitialised (see `model.weights.initialise_parameters`).
 
@@ -110,13 +111,15 @@ class GPT(nn.Module):
         side = self.layer_inputs(hidden, inputs)
         blocks = list(self.layers.values())
         plan = self._setting.recompute
-        if plan.granularity != "full" or not self.training:
+        if not self.training:
             return _run(blocks, hidden, side)
-        size, recomputed = (plan.num_layers, len(blocks)) if plan.method == "uniform" else (1, plan.num_layers)
-        for start in range(0, min(recomputed, len(blocks)), size):
-            chunk = blocks[start : start + size]
-            hidden = checkpoint(_run, chunk, hidden, side, use_reentrant=False, preserve_rng_state=False)
-        return _run(blocks[recomputed:], hidden, side)
+        for span in plan.spans(len(blocks)):
+            chunk = [blocks[at] for at in span.layers]
+            weights = [weight for block in chunk for weight in block.parameters()]
+            host = kept_on_host(weights, side.tensors(), pinned=plan.pinned) if span.on_host else nullcontext()
+            with host:
+                hidden = recomputed(_run, chunk, hidden, side) if span.again else _run(chunk, hidden, side)
+        return hidden
 
     def layer_inputs(self, hidden: Tensor, inputs: ModelInputs) -> LayerInputs:
         """What the layers need beside the hidden states [s, b, h] or [s/t, b, h]."""

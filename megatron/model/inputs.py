@@ -48,3 +48,7 @@ class LayerInputs:
     dropout_seed: int = 0
     cache: KeyValueCache | None = None
     positions: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that all layers share."""
+        return self.cos, self.sin, self.alibi_slopes, self.document_ids

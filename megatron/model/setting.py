@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from megatron.config.architecture import Architecture
+from megatron.model.recompute import RecomputePlan
 from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.groups import ProcessGroups
 from megatron.ops import Ops
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecomputePlan:
-    """Which activations are recomputed in backward instead of being kept.
-
-    Attributes:
-        granularity: "none"; "selective" = the attention core (scores, softmax, weighted sum) of every layer;
-            "full" = whole layers, keeping only their inputs.
-        method: with "full": "uniform" recomputes all layers in chunks of `num_layers`, keeping one input per chunk;
-            "block" recomputes the first `num_layers` layers of this pipeline stage and keeps the rest.
-        num_layers: see `method`.
-    """
-
-    granularity: Literal["none", "selective", "full"] = "none"
-    method: Literal["uniform", "block"] = "uniform"
-    num_layers: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise ValueError(f"--recompute-num-layers is {self.num_layers}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +23,7 @@ class Setting:
         ops: the kernels.
         groups: this process's groups.
         sequence_parallel: hidden states between layers are split along the sequence over the tensor-parallel ranks.
-        recompute: activations to recompute.
+        recompute: activations to recompute in this pipeline stage.
         deferred: takes over the gradients of the weights of linear layers.
         dtype, device: of the parameters.
     """

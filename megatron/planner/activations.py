@@ -39,24 +39,23 @@ def layer_bytes(case: Case) -> int:
     return total(layer(case))
 
 
-def layers_bytes(case: Case, layers: int) -> int:
-    """What `layers` layers of a stage keep under the case's recomputation."""
-    plan = case.recompute
-    if plan.granularity != "full":
-        return layers * layer_bytes(case)
-    if plan.method == "uniform":
-        return -(-layers // plan.num_layers) * hidden_bytes(case)
-    recomputed = min(plan.num_layers, layers)
-    return recomputed * hidden_bytes(case) + (layers - recomputed) * layer_bytes(case)
+def stage_bytes(case: Case, stage: int) -> int:
+    """What the layers of a stage keep on the device under the case's recomputation."""
+    spans = case.recompute.of_stage(stage).spans(case.stages.layers[stage])
+    whole = layer_bytes(case)
+    return sum(hidden_bytes(case) if span.again else len(span.layers) * whole for span in spans if not span.on_host)
 
 
-def recomputed_bytes(case: Case, layers: int) -> int:
-    """What the group of layers that is being recomputed keeps, beside what was kept anyway."""
-    plan = case.recompute
-    if plan.granularity != "full" or layers == 0:
-        return 0
-    group = min(plan.num_layers, layers) if plan.method == "uniform" else 1
-    return group * layer_bytes(case) - hidden_bytes(case)
+def returned_bytes(case: Case, stage: int) -> int:
+    """What comes back in the backward pass of a group of layers, from recomputation or from the host, at most."""
+    spans = case.recompute.of_stage(stage).spans(case.stages.layers[stage])
+    again = sum(item.bytes for item in _in_feed_forward(case)) if case.recompute.granularity == "mlp" and spans else 0
+    whole = layer_bytes(case)
+    for span in spans:
+        if span.again or span.on_host:
+            kept = 0 if span.on_host else hidden_bytes(case)
+            again = max(again, len(span.layers) * whole - kept)
+    return again
 
 
 def deferred_bytes(case: Case) -> int:
@@ -185,20 +184,27 @@ def _blocked_pairs(length: int, window: int | None) -> int:
 
 
 def _feed_forward(case: Case) -> list[Saved]:
-    arch, rows = case.arch, case.tokens
-    inner = rows * arch.ffn_hidden_size // case.tp * case.itemsize
     found = [
         Saved("feed-forward norm: input", hidden_bytes(case)),
-        Saved("feed-forward norm: row statistics", rows // case.split * _statistics(case)),
+        Saved("feed-forward norm: row statistics", case.tokens // case.split * _statistics(case)),
         Saved("feed-forward: input", _normed(case)),
     ]
+    if case.recompute.granularity != "mlp":
+        found += _in_feed_forward(case)
+    if case.arch.hidden_dropout > 0.0:
+        found.append(_mask(case, "feed-forward"))
+    return found
+
+
+def _in_feed_forward(case: Case) -> list[Saved]:
+    """What the feed-forward block keeps beside its input."""
+    arch = case.arch
+    inner = case.tokens * arch.ffn_hidden_size // case.tp * case.itemsize
+    found = [Saved("down: input", inner)]
     if arch.gated:
         found.append(Saved("gate and up", 2 * inner))
     elif arch.activation != "relu":  # ReLU's backward pass looks at its result, which the next product keeps
         found.append(Saved("activation: input", inner))
-    found.append(Saved("down: input", inner))
-    if arch.hidden_dropout > 0.0:
-        found.append(_mask(case, "feed-forward"))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from megatron.config.architecture import Architecture
 from megatron.config.derive import architecture
-from megatron.model.setting import RecomputePlan
+from megatron.model.recompute import RecomputePlan, recompute_plan
 from megatron.mpu.pipeline import StageLayout
 from megatron.mpu.schedule import ScheduleName
 from megatron.mpu.topology import Topology
@@ -69,6 +69,8 @@ class Case:
     """Copies of the sharded training state; stage 0 of the native engine is one copy per data-parallel rank."""
     offload: bool = False
     """DeepSpeed: optimizer state and step on the host."""
+    offload_parameters: bool = False
+    """DeepSpeed, stage 3: parameters on the host while they are not used."""
     bucket: int = _BUCKET
     """DeepSpeed: parameters whose gradients are reduced at once (reduce_bucket_size)."""
     live_parameters: int = _LIVE
@@ -190,16 +192,13 @@ def case_of(
         zero_stage=settings["zero_stage" if deepspeed else "zero_stage_native"],
         replicas=settings["num_distributed_optimizer_instances"],
         offload=settings["cpu_optimizer"],
+        offload_parameters=settings["remote_device"] != "none",
         bucket=_of_zero(document, "reduce_bucket_size", _BUCKET),
         live_parameters=_of_zero(document, "stage3_max_live_parameters", _LIVE),
         seq_length=settings["seq_length"],
         micro_batch=settings["micro_batch_size"],
         global_batch=settings["global_batch_size"],
-        recompute=RecomputePlan(
-            granularity=settings["recompute_granularity"] or "none",
-            method=settings["recompute_method"] or "uniform",
-            num_layers=settings["recompute_num_layers"],
-        ),
+        recompute=recompute_plan(settings),
         itemsize=_ITEMSIZE[settings["params_dtype"]],
         grad_itemsize=2 if settings["grad_reduce_in_bf16"] else 4,
         moments=_moments(settings),

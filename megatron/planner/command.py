@@ -23,6 +23,7 @@ _SECTIONS = ("model", "parallel", "precision", "equivalents")
 _OTHERS = (
     *("seq_length", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "reset_attention_mask"),
     *("micro_batch_size", "global_batch_size", "recompute_granularity", "recompute_method", "recompute_num_layers"),
+    *("recomputation_layer_num", "checkpoint_in_cpu", "cpu_offloading_num_layers"),
     *("optimizer", "sgd_momentum", "cpu_optimizer", "deepspeed", "deepspeed_config"),
     *("attention_backend", "op", "use_torch_compile"),
 )

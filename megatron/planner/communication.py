@@ -154,15 +154,13 @@ def _tensor(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
 
 def _again(case: Case, stages: Sequence[int]) -> tuple[int, int]:
     """Inputs gathered and results summed once more by recomputation, which stops before the group's last sum."""
-    plan = case.recompute
-    if plan.granularity != "full":
-        return 0, 0
     inputs = results = 0
     for stage in stages:
-        layers = case.stages.layers[stage]
-        run = layers if plan.method == "uniform" else min(plan.num_layers, layers)
-        groups = -(-layers // plan.num_layers) if plan.method == "uniform" else run
-        inputs, results = inputs + 2 * run, results + 2 * run - groups
+        spans = [span for span in case.recompute.of_stage(stage).spans(case.stages.layers[stage]) if span.again]
+        run = sum(len(span.layers) for span in spans)
+        inputs, results = inputs + 2 * run, results + 2 * run - len(spans)
+        if case.recompute.granularity == "mlp":
+            inputs += case.stages.layers[stage]
     return (inputs if case.sequence_parallel else 0), results
 
 
@@ -243,10 +241,10 @@ def context_payloads(case: Case) -> tuple[int, int]:
 
 def _attention_again(case: Case, stages: Sequence[int]) -> int:
     """Layers whose attention is computed again in the backward pass."""
-    plan, layers = case.recompute, [case.stages.layers[stage] for stage in stages]
-    if plan.granularity == "none":
-        return 0
-    return sum(min(plan.num_layers, number) if plan.method == "block" else number for number in layers)
+    plan, layers = case.recompute, case.stages.layers
+    if plan.granularity == "selective":
+        return sum(layers[stage] for stage in stages)
+    return sum(plan.of_stage(stage).layers_again([layers[stage]]) for stage in stages)
 
 
 def data_traffic(case: Case, units: Sequence[Unit]) -> list[Traffic]:
@@ -278,9 +276,10 @@ def _deepspeed(case: Case, elements: int) -> list[tuple[Operation, str, int, int
     if case.zero_stage == 1:
         summed = case.grad_itemsize if case.itemsize == 2 else 4
         return [("all-reduce", "gradients", summed * elements, 1), ("all-gather", "weights", weights, 1)]
+    gradients = case.grad_itemsize * elements
     if case.zero_stage == 2:
-        return [("reduce-scatter", "gradients", weights, count), ("all-gather", "weights", weights, 1)]
-    return [("all-gather", "weights", weights, 2 * count), ("reduce-scatter", "gradients", weights, count)]
+        return [("reduce-scatter", "gradients", gradients, count), ("all-gather", "weights", weights, 1)]
+    return [("all-gather", "weights", weights, 2 * count), ("reduce-scatter", "gradients", gradients, count)]
 
 
 def _pipeline(case: Case, pipeline_rank: int) -> Sequence[Traffic]:

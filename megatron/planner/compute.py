@@ -157,14 +157,17 @@ def head_seconds(case: Case) -> tuple[Seconds, Seconds]:
     return forward, backward
 
 
-def recomputed(case: Case, layers: int) -> Seconds:
-    """What is computed again in the backward pass of a stage with `layers` layers, for one micro-batch."""
-    plan = case.recompute
-    if plan.granularity == "none" or layers == 0:
-        return Seconds()
+def recomputed(case: Case, stage: int) -> Seconds:
+    """What is computed again in the backward pass of a stage, for one micro-batch."""
+    plan, layers = case.recompute.of_stage(stage), case.stages.layers[stage]
     if plan.granularity == "selective":
         return Seconds(attention=attention_seconds(case)[0]).times(layers)
-    return layer_forward(case).times(layers if plan.method == "uniform" else min(plan.num_layers, layers))
+    if plan.granularity == "mlp":
+        _, products = column_products(case)
+        matmul = sum(product_seconds(case, product, fp8=case.fp8) for product in products)
+        inner = case.tokens * case.arch.ffn_hidden_size // case.tp * case.itemsize
+        return Seconds(matmul=matmul, other=moved(case.machine, 5 * inner)).times(layers)
+    return layer_forward(case).times(plan.layers_again([layers]))
 
 
 def _forward_accesses(case: Case) -> float:

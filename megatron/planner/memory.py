@@ -72,10 +72,9 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
     holding = held_at_once(case.schedule, case.stages, case.microbatches)[pipeline_rank]
     held, reducing = (_bytes_held(case, pipeline_rank, sets) for sets in holding)
     stages = case.stages.stages_of(pipeline_rank)
-    layers = max(case.stages.layers[stage] for stage in stages)
     has_loss = case.stages.last in stages
     logits = activations.logits_bytes(case) if has_loss else 0
-    layer = activations.recomputed_bytes(case, layers) + _backward_of_a_layer(case)
+    layer = max(activations.returned_bytes(case, stage) for stage in stages) + _backward_of_a_layer(case)
     if splits_backward(case.schedule):  # deferred gradients of a whole stage are computed at once
         layer += case.itemsize * sum(unit.elements for unit in units) // case.stages.chunks
     early = layer + (state.reduction if state.reduces_often else 0)
@@ -155,19 +154,21 @@ def _deepspeed(case: Case, units: Sequence[Unit]) -> _State:
         return _State(running=running, finishing=running, updating=running, reduction=4 * bucket)
     on_device = 0 if case.offload else 1
     kept = {"master weights": 4 * share * on_device, "optimizer": moments * share * on_device}
-    if stage == 1 and e == 2 and case.grad_itemsize == 4:  # its BF16_Optimizer
+    sent = 4 if e == 2 and case.grad_itemsize == 4 else e  # bytes of a gradient in a reduction
+    if stage == 1 and sent != e:  # its BF16_Optimizer
         kept |= {"weights": e * whole, "gradients": (4 + e) * whole}
-        return _State(running=kept, finishing=kept, updating=kept, reduction=(4 + e) * bucket)
-    buffers = e * (case.bucket + bucket)
+        return _State(running=kept, finishing=kept, updating=kept, reduction=sent * bucket)
     if stage == 1:
         kept |= {"weights": e * whole, "gradients": e * whole}
         return _State(running=kept, finishing=kept, updating=kept, reduction=e * case.bucket)
     if stage == 2:
         kept |= {"weights": e * whole, "gradients": 4 * share * on_device}
-        return _State(running=kept, finishing=kept, updating=kept, reduction=buffers)
+        copy = sent * bucket if sent != e else 0
+        return _State(running=kept, finishing=kept, updating=kept, reduction=e * (case.bucket + bucket) + copy)
     live = min(case.live_parameters, whole)
-    kept |= {"weights": e * share + e * live, "gradients": 4 * share * on_device}
-    return _State(running=kept, finishing=kept, updating=kept, reduction=buffers)
+    own = 0 if case.offload_parameters else e * share
+    kept |= {"weights": own + e * live, "gradients": 4 * share * on_device}
+    return _State(running=kept, finishing=kept, updating=kept, reduction=sent * case.bucket + e * bucket)
 
 
 def _loss_chunk(case: Case) -> int:
@@ -204,7 +205,7 @@ def _batches(case: Case) -> int:
 
 def stage_activations(case: Case, stage: int) -> int:
     """Bytes that one micro-batch keeps in a stage."""
-    held = activations.layers_bytes(case, case.stages.layers[stage]) + activations.rotary_bytes(case)
+    held = activations.stage_bytes(case, stage) + activations.rotary_bytes(case)
     if stage == 0:
         held += activations.total(activations.embedding(case))
     if stage == case.stages.last:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.model.setting import RecomputePlan
+from megatron.model.recompute import RecomputePlan
 from megatron.planner.case import Case, case_of
 from megatron.planner.communication import Traffic, step_traffic
 from megatron.planner.machines import Machine
@@ -25,7 +25,7 @@ class Plan:
         memory: of the ranks at each place of the pipeline.
         traffic: of the same.
         speed: of a step.
-        by_recompute: memory of the fullest rank with no, selective and full recomputation.
+        by_recompute: memory of the fullest rank by what is recomputed.
     """
 
     case: Case
@@ -77,6 +77,7 @@ def make_plan(request: Request, machine: Machine, changes: Mapping[str, Any] | N
 _MODES: Mapping[str, RecomputePlan] = {
     "none": RecomputePlan(),
     "selective": RecomputePlan(granularity="selective"),
+    "mlp": RecomputePlan(granularity="mlp"),
     "full": RecomputePlan(granularity="full"),
 }
 

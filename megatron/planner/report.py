@@ -11,14 +11,17 @@ from megatron.mpu.topology import Place
 from megatron.planner.case import Case
 from megatron.planner.communication import Traffic
 from megatron.planner.machines import RESERVED, machine
-from megatron.planner.memory import PARTS, RankMemory
+from megatron.planner.memory import PARTS, RankMemory, worst_rank
 from megatron.planner.parameters import build_rank
 from megatron.planner.plan import Plan
 from megatron.planner.published import PUBLISHED, UNFUSED, Comparison, compare, typical_error
 from megatron.planner.request import Request
 from megatron.planner.search import Candidate
+from megatron.planner.step_time import speed
 
 _GIB = 2**30
+_WORTH_SAYING = 0.05
+"""GiB below which a part of the memory is left out of an outline."""
 _SHORT = {
     "weights": "weights",
     "master weights": "master",
@@ -74,6 +77,21 @@ def plan_lines(plan: Plan, request: Request, rank: int) -> list[str]:
     ]
 
 
+def outline(case: Case) -> list[str]:
+    """The most important figures of a layout."""
+    needed, found = worst_rank(case), speed(case)
+    parts = {_SHORT[part]: size / _GIB for part, size in needed.peak.parts.items()}
+    usable, total = case.machine.usable / _GIB, needed.peak.total / _GIB
+    verdict = "fits" if total <= usable else "DOES NOT FIT"
+    return [
+        f"layout: {layout_text(case)}",
+        f"memory: {verdict}, {total:.1f} of {usable:.1f} GiB on the fullest rank: "
+        + ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= _WORTH_SAYING),
+        f"time: {found.step.total:.3g} s for a step of {case.step_tokens / 1e6:.2f} M tokens, "
+        f"{found.tokens_per_second:,.0f} tokens/s per rank, MFU {found.mfu:.0%}, pipeline bubble {found.bubble:.0%}",
+    ]
+
+
 def layout_text(case: Case) -> str:
     """The layout in a few words."""
     words = [f"TP {case.tp}" + (" SP" if case.sequence_parallel else "")]
@@ -88,12 +106,17 @@ def layout_text(case: Case) -> str:
 
 
 def _recompute_text(case: Case) -> str:
-    plan = case.recompute
+    plan, layers = case.recompute, case.recompute.num_layers
+    parts = {"none": "no recomputation", "selective": "attention recomputed", "mlp": "feed-forward blocks recomputed"}
     if plan.granularity != "full":
-        return "no recomputation" if plan.granularity == "none" else "attention recomputed"
-    if plan.method == "block":
-        return f"{plan.num_layers} layer{'s' if plan.num_layers > 1 else ''} of each stage recomputed"
-    return "all layers recomputed" + (f" by {plan.num_layers}" if plan.num_layers > 1 else "")
+        return parts[plan.granularity] + (f", {plan.host_layers} layers on the host" if plan.host_layers else "")
+    if isinstance(layers, tuple):
+        text = f"{' '.join(map(str, layers))} layers of the stages recomputed"
+    elif plan.method == "block":
+        text = f"{layers} layer{'s' if layers > 1 else ''} of each stage recomputed"
+    else:
+        text = "all layers recomputed" + (f" by {layers}" if layers > 1 else "")
+    return text + (", their inputs on the host" if plan.host_inputs else "")
 
 
 def _heading(case: Case, request: Request) -> list[str]:

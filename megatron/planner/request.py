@@ -137,7 +137,7 @@ def resolve(request: Request, changes: Mapping[str, Any] | None = None) -> Resol
     settings = {**request.values, **unset, **layout, "world_size": request.world_size}
     given = request.given | {name for name, value in layout.items() if value is not None and value is not False}
     if layout.get("recompute_granularity", "full") != "full":
-        given -= {"recompute_method", "recompute_num_layers"}
+        given -= {"recompute_method", "recompute_num_layers", "recomputation_layer_num"}
     settings, _ = derive(settings, given)
     if request.rounds_batch:
         share = settings["micro_batch_size"] * settings["data_parallel_size"]

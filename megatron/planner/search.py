@@ -92,7 +92,10 @@ _UNASKED: Mapping[str, Any] = {
     "pipeline_schedule": None,
     "num_virtual_stages_per_pipeline_rank": None,
 }
-_RECOMPUTATION = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+_RECOMPUTATION = (
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recomputation_layer_num"),
+    *("checkpoint_in_cpu", "cpu_offloading_num_layers"),
+)
 _SEARCHED = frozenset((*_UNASKED, *pipeline.NAMES, *_RECOMPUTATION, "micro_batch_size"))
 
 
@@ -186,7 +189,7 @@ def _zero_stages(request: Request, pp: int) -> Sequence[int]:
 def _recomputations(request: Request, layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What may be recomputed, the least first."""
     layers = request.values["num_layers"] // layout["pipeline_model_parallel_size"]
-    if "recompute_granularity" in request.given:
+    if request.given & set(_RECOMPUTATION):
         yield {}
         return
     for granularity, method, share in _RECOMPUTE:
@@ -195,6 +198,9 @@ def _recomputations(request: Request, layout: Mapping[str, Any]) -> Iterator[dic
             "recompute_granularity": granularity,
             "recompute_method": method,
             "recompute_num_layers": count,
+            "recomputation_layer_num": None,
+            "checkpoint_in_cpu": False,
+            "cpu_offloading_num_layers": 0,
         }
 
 

@@ -8,7 +8,6 @@ before. In forward, tensor parallelism waits for every collective. Overlapping i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.planner import compute
@@ -25,7 +24,7 @@ from megatron.planner.communication import (
 from megatron.planner.compute import Product, Seconds, moved, product_seconds
 from megatron.planner.parameters import units_of
 from megatron.planner.stages import idle_passes
-from megatron.training.flops import Recompute, TrainingFlops, training_flops
+from megatron.training.flops import TrainingFlops, training_flops
 
 _OPTIMIZER_BYTES = 40
 """Moved per parameter and step: weight, gradient, two moments read; three written; norm and scaling of the gradient."""
@@ -90,13 +89,9 @@ def speed(case: Case) -> Speed:
     """Time, throughput and utilisation of a step."""
     step = step_time(case)
     ranks = case.topology.world_size
-    kinds: Mapping[str, Recompute] = {"none": "none", "selective": "selective", "full": "full"}
-    again = None
-    if case.recompute.granularity == "full" and case.recompute.method == "block":
-        again = sum(min(case.recompute.num_layers, layers) for layers in case.stages.layers)
-    flops = training_flops(
-        case.arch, case.seq_length, recompute=kinds[case.recompute.granularity], recomputed_layers=again
-    )
+    plan = case.recompute
+    again = plan.layers_again(case.stages.layers) if plan.granularity == "full" else None
+    flops = training_flops(case.arch, case.seq_length, recompute=plan.granularity, recomputed_layers=again)
     peak = case.machine.fp32_peak if case.itemsize == 4 else case.machine.peak
     available = step.total * ranks * peak
     return Speed(
@@ -164,7 +159,7 @@ def _pass(case: Case, pipeline_rank: int) -> _Pass:
     backward = compute.layer_backward(case).times(layers)
     again = Seconds()
     for stage in stages:
-        again += compute.recomputed(case, case.stages.layers[stage])
+        again += compute.recomputed(case, stage)
     sent, returned, sent_again = _layer_communication(case)
     run_again = _layers_run_again(case, pipeline_rank)
     exposed_forward, exposed_backward = sent * layers, returned * layers + sent_again * run_again
@@ -186,11 +181,8 @@ def _pass(case: Case, pipeline_rank: int) -> _Pass:
 
 
 def _layers_run_again(case: Case, pipeline_rank: int) -> int:
-    plan = case.recompute
-    layers = [case.stages.layers[stage] for stage in case.stages.stages_of(pipeline_rank)]
-    if plan.granularity != "full":
-        return 0
-    return sum(layers) if plan.method == "uniform" else sum(min(plan.num_layers, count) for count in layers)
+    stages = case.stages.stages_of(pipeline_rank)
+    return sum(case.recompute.of_stage(stage).layers_again([case.stages.layers[stage]]) for stage in stages)
 
 
 def _layer_communication(case: Case) -> tuple[float, float, float]:

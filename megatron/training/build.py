@@ -13,7 +13,8 @@ from megatron.config.architecture import Architecture
 from megatron.config.deepspeed import merge
 from megatron.config.run import RunConfig
 from megatron.model.eight_bit import use_eight_bit
-from megatron.model.gpt import GPT, RecomputePlan
+from megatron.model.gpt import GPT
+from megatron.model.recompute import recompute_plan
 from megatron.model.weights import initialise_parameters, to_dtensors
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.deferred import DeferredGradients
@@ -22,7 +23,13 @@ from megatron.mpu.groups import ProcessGroups
 from megatron.mpu.pipeline import Placement, StageLayout
 from megatron.mpu.schedule import splits_backward
 from megatron.ops import Ops, float8
-from megatron.training.deepspeed import DeepSpeedEngine, ModelParallelUnit, host_adamw, mark_split_parameters
+from megatron.training.deepspeed import (
+    DeepSpeedEngine,
+    ModelParallelUnit,
+    check_offload,
+    host_adamw,
+    mark_split_parameters,
+)
 from megatron.training.deepspeed_pipeline import DeepSpeedPipelineEngine
 from megatron.training.engine import Engine
 from megatron.training.half import HalfWeights
@@ -81,6 +88,8 @@ def _build_deepspeed(
     config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe]
 ) -> DeepSpeedEngine:
     layout, groups = stage_layout(config), session.groups
+    settings = merge(config.deepspeed_document, config)
+    check_offload(settings)
     model = _model(config, session, arch, session.device, layout, groups.pp.rank)
     scaling = eight_bit_scaling(config, session)
     _equip(model, session, scaling, probes)
@@ -91,7 +100,7 @@ def _build_deepspeed(
         "eight_bit": scaling,
         "token_loss": _token_loss(arch, session),
         "optimizer": _optimizer(config, session.ops, model.named_parameters()),
-        "config": merge(config.deepspeed_document, config),
+        "config": settings,
         "groups": groups,
         "accelerator": session.accelerator,
         "device": session.device,
@@ -116,7 +125,7 @@ def _initial_weights(model: nn.Module, config: RunConfig, arch: Architecture, gr
 def _model(
     config: RunConfig, session: Session, arch: Architecture, device: torch.device, layout: StageLayout, stage: int
 ) -> GPT:
-    training = config.training
+    plan = recompute_plan(vars(config.training), pinned=session.accelerator.capabilities.pinned_memory)
     model = GPT(
         arch,
         ops=session.ops,
@@ -125,11 +134,7 @@ def _model(
         layers=layout.layers_of(stage),
         first=stage == 0,
         last=stage == layout.last,
-        recompute=RecomputePlan(
-            granularity=training.recompute_granularity or "none",
-            method=training.recompute_method or "uniform",
-            num_layers=training.recompute_num_layers,
-        ),
+        recompute=plan.of_stage(stage),
         deferred=_deferred(config, layout, stage),
         device=device,
     )

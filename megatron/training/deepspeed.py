@@ -28,6 +28,7 @@ from megatron.training.deepspeed_state import DeepSpeedState, forget_first_step
 from megatron.training.engine import LoadSource, SaveTarget, StepResult, StepSettings
 from megatron.training.loss import TokenLoss
 from megatron.training.optimizer import set_schedules
+from megatron.training.setup import SetupError
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
 
 
@@ -80,6 +81,26 @@ def import_deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def check_offload(config: Mapping[str, Any]) -> None:
+    """Find out before anything is built whether DeepSpeed can use a drive that its settings name.
+
+    Raises:
+        SetupError: it cannot.
+    """
+    zero = config.get("zero_optimization", {})
+    asked = [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device") == "nvme"]
+    if not asked:
+        return
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise SetupError(
+            f'zero_optimization.{asked[0]}.device = "nvme": DeepSpeed cannot build its asynchronous input and output '
+            'here, because libaio (package libaio-dev) is missing; install it, or take "cpu"'
+        )
 
 
 def host_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

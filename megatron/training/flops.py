@@ -14,11 +14,9 @@ device was.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron.config.architecture import Architecture
-
-Recompute = Literal["none", "selective", "full"]
+from megatron.model.recompute import Granularity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +83,15 @@ def forward_flops(arch: Architecture, seq_length: int) -> ForwardFlops:
 
 
 def training_flops(
-    arch: Architecture, seq_length: int, *, recompute: Recompute = "none", recomputed_layers: int | None = None
+    arch: Architecture, seq_length: int, *, recompute: Granularity = "none", recomputed_layers: int | None = None
 ) -> TrainingFlops:
     """Operations of forward and backward of one sequence of `seq_length` tokens.
 
     Args:
         arch: the model.
         seq_length: tokens of a sample.
-        recompute: `selective` computes the inside of attention again; `full` computes whole layers again
-            (counted whole, though an implementation may stop before a layer's last product).
+        recompute: `selective` computes the inside of attention again; `mlp` the products before the activation;
+            `full` whole layers (counted whole, though an implementation may stop before a layer's last product).
         recomputed_layers: how many layers that concerns, summed over pipeline stages; None is all of them.
 
     Raises:
@@ -106,6 +104,7 @@ def training_flops(
     per_layer = {
         "none": 0,
         "selective": forward.attention // arch.num_layers,
+        "mlp": 2 * seq_length * arch.hidden_size * arch.ffn_hidden_size * (2 if arch.gated else 1),
         "full": (forward.projections + forward.attention) // arch.num_layers,
     }
     return TrainingFlops(model=3 * forward.total, recompute=per_layer[recompute] * layers)

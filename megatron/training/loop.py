@@ -116,11 +116,11 @@ class Training:
     def _loop(self, flag: SignalFlag) -> Exit | None:
         settings = self.settings
         self.reporter.restart()
-        leaving = self._exit(flag)
+        leaving = self._exit(flag, iteration=0)
         while leaving is None and self.state.iteration < settings.train_iters:
             self._iterate()
             self._after_iteration()
-            leaving = self._exit(flag)
+            leaving = self._exit(flag, iteration=self.state.iteration)
         if self.state.iteration and self.saved_at != self.state.iteration:
             self.save()
         self._finish_saving()
@@ -259,11 +259,11 @@ class Training:
         action()
         resume()
 
-    def _exit(self, flag: SignalFlag) -> Exit | None:
+    def _exit(self, flag: SignalFlag, *, iteration: int) -> Exit | None:
         return decide_exit(
             self.exits,
             rank=self.rank,
-            iteration=self.state.iteration,
+            iteration=iteration,
             minutes=(time.monotonic() - self.started) / 60.0,
             received=flag.received,
             all_reduce_max=self.all_reduce_max,

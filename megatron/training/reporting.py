@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron.config.architecture import Architecture
 from megatron.config.run import RunConfig
+from megatron.model.recompute import recompute_plan
 from megatron.training.flops import TrainingFlops, training_flops
 from megatron.training.metrics import MetricsFile
 from megatron.training.progress import ProgressBar, progress_bar
@@ -83,7 +84,7 @@ def run_flops(config: RunConfig, arch: Architecture) -> TrainingFlops:
     training = config.training
     layers = arch.num_layers
     if training.recompute_method == "block":
-        layers = sum(min(count, training.recompute_num_layers) for count in config.parallel.pipeline_stage_layers)
+        layers = recompute_plan(vars(training)).layers_again(config.parallel.pipeline_stage_layers)
     return training_flops(
         arch, config.data.seq_length, recompute=training.recompute_granularity or "none", recomputed_layers=layers
     )

@@ -142,12 +142,12 @@ def decide_exit(
     received: bool,
     all_reduce_max: Callable[[int], int],
 ) -> Exit | None:
-    """Whether all ranks leave now. Called by all ranks after every iteration; also before the first (iteration 0).
+    """Whether all ranks leave now. Called by all ranks after every iteration, and before the first one of this program.
 
     Args:
         rules: what ends the run; the same on all ranks.
         rank: this rank.
-        iteration: iterations done.
+        iteration: iterations done; 0 before the first one of this program, wherever the run is.
         minutes: time since the program started.
         received: whether the signal arrived here.
         all_reduce_max: the largest value over all ranks. Not called when the rules only depend on the iteration.

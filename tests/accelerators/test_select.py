@@ -55,7 +55,11 @@ def test_unavailable_device_is_refused_with_the_reason():
 
 def test_deepspeed_is_told_the_same_device():
     cpu = accelerators.select("cpu")
-    assert accelerators.deepspeed_environment(cpu, {}) == {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1"}
+    assert accelerators.deepspeed_environment(cpu, {}) == {
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
     environment = accelerators.deepspeed_environment(cpu, {"LOCAL_WORLD_SIZE": "4", "DS_ACCELERATOR": "cpu"})
     assert environment["LOCAL_SIZE"] == "4"
     environment = accelerators.deepspeed_environment(cpu, {"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"})

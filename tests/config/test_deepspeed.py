@@ -34,6 +34,7 @@ def test_without_a_file_everything_comes_from_the_flags():
     assert merged["fp16"] == {"enabled": False}
     assert merged["zero_optimization"]["stage"] == 2
     assert merged["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert merged["communication_data_type"] == "fp32"
     assert "offload_optimizer" not in merged["zero_optimization"]
 
 
@@ -121,6 +122,58 @@ def test_contradictions_name_both_places(run_with, document, words, expected):
     with pytest.raises(ConfigError) as caught:
         run_with(document, *words.split())
     assert [problem for problem in caught.value.problems if expected in problem], caught.value.problems
+
+
+def test_gradients_are_sent_in_bfloat16_where_asked():
+    run = config("--deepspeed", "--bf16", "--grad-reduce-in-bf16", world_size=2)
+    assert not {"communication_data_type", "data_types"} & merge({}, run).keys()
+
+
+def test_flags_for_other_memory_and_overlap():
+    run = config(
+        "--deepspeed", "--zero-stage", "3", "--cpu-optimizer", "--remote-device", "cpu", "--overlap-grad-reduce"
+    )
+    zero = merge({}, run)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu"}
+    assert zero["overlap_comm"] is True
+    assert merge({}, config("--deepspeed"))["zero_optimization"] == {"stage": 1}
+
+
+def test_a_drive_stays_what_the_file_says(run_with):
+    drive = {"device": "nvme", "nvme_path": "/drive"}
+    run = run_with({"zero_optimization": {"stage": 3, "offload_optimizer": drive, "offload_param": drive}})
+    assert run.optimizer.cpu_optimizer and run.deepspeed.remote_device == "nvme"
+    zero = merge(run.deepspeed_document, run)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == drive
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "x"}},
+            "only with --zero-stage 3",
+        ),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "give zero_optimization.offload_optimizer.nvme_path"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "give zero_optimization.offload_param.nvme_path"),
+        (
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            "--remote-device cpu: only with --deepspeed",
+        ),
+    ],
+)
+def test_drives_that_cannot_be_used_are_refused(run_with, zero, expected):
+    with pytest.raises(ConfigError) as caught:
+        run_with({"zero_optimization": zero})
+    (problem,) = caught.value.problems
+    assert expected in problem
+
+
+def test_activation_checkpointing_is_ours(run_with):
+    run = run_with({"activation_checkpointing": {"cpu_checkpointing": True}}, "--recompute-granularity", "full")
+    assert run.training.checkpoint_in_cpu
+    with pytest.raises(ConfigError, match=r"activation_checkpointing\.partition_activations = true"):
+        run_with({"activation_checkpointing": {"partition_activations": True}})
 
 
 def test_auto_takes_the_value_of_the_setting(run_with):

@@ -16,6 +16,7 @@ KINDS = {"int": "int", "float": "float", "str": "str", "bool": "word", "store_tr
 # Values that are accepted beyond Megatron-DeepSpeed's, and why.
 MORE_CHOICES = {
     "distributed_backend": "collective libraries of the devices that Megatron-DeepSpeed does not know",
+    "recompute_granularity": "the feed-forward block, which NeuronX Distributed recomputes with long sequences",
     "lr_decay_style": "Megatron-LM's warm-up, stable, decay",
     "tokenizer_type": "names of Megatron-LM and of the Gaudi and BigScience forks for the same files",
     "optimizer": "names of the Gaudi fork",

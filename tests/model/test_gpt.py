@@ -19,10 +19,13 @@ GROUPS = single_process()
 ROUNDING = 1e-6  # float32 sums in another order
 PLANS = {
     "selective": RecomputePlan(granularity="selective"),
+    "mlp": RecomputePlan(granularity="mlp"),
     "uniform-1": RecomputePlan(granularity="full"),
     "uniform-2": RecomputePlan(granularity="full", num_layers=2),
     "block-1": RecomputePlan(granularity="full", method="block"),
     "block-9": RecomputePlan(granularity="full", method="block", num_layers=9),
+    "inputs-on-host": RecomputePlan(granularity="full", host_inputs=True),
+    "two-on-host": RecomputePlan(host_layers=2),
 }
 
 

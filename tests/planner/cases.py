@@ -11,7 +11,7 @@ import torch
 from megatron.config.architecture import Architecture
 from megatron.config.run import RunConfig, parse
 from megatron.data.batch import Batch
-from megatron.model.setting import RecomputePlan
+from megatron.model.recompute import RecomputePlan
 from megatron.mpu.pipeline import StageLayout
 from megatron.mpu.topology import Topology
 from megatron.planner.case import Case, Kernels, case_of

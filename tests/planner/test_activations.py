@@ -9,7 +9,7 @@ import torch
 
 from megatron.accelerators import load
 from megatron.model.gpt import GPT, ModelInputs
-from megatron.model.setting import RecomputePlan
+from megatron.model.recompute import RecomputePlan
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.groups import build_groups
 from megatron.ops import build_table
@@ -33,7 +33,7 @@ def _kept(plan) -> int:
             ops=ops,
             groups=groups,
             sequence_parallel=plan.sequence_parallel,
-            recompute=plan.recompute,
+            recompute=plan.recompute.of_stage(0),
             dtype={2: torch.bfloat16, 4: torch.float32}[plan.itemsize],
         )
         for weight in model.parameters():
@@ -51,11 +51,11 @@ def _kept(plan) -> int:
 
 def _listed(plan) -> int:
     parts = (*activations.embedding(plan), *activations.head(plan))
-    listed = activations.layers_bytes(plan, plan.arch.num_layers) + activations.total(parts)
+    listed = activations.stage_bytes(plan, 0) + activations.total(parts)
     return listed + activations.rotary_bytes(plan)
 
 
-FULL = RecomputePlan(granularity="full")
+FULL, MLP = RecomputePlan(granularity="full"), RecomputePlan(granularity="mlp")
 CASES = {
     "llama": {},
     "float32": {"itemsize": 4},
@@ -66,6 +66,10 @@ CASES = {
     "full, groups of two": {"recompute": RecomputePlan(granularity="full", num_layers=2)},
     "full, first two layers": {"recompute": RecomputePlan(granularity="full", method="block", num_layers=2)},
     "full, sequence parallel": {"recompute": FULL, "world": 4, "tp": 4, "sequence_parallel": True},
+    "full, one layer by a list": {"recompute": RecomputePlan(granularity="full", method="block", num_layers=(1,))},
+    "feed-forward": {"recompute": MLP},
+    "feed-forward, sequence parallel": {"recompute": MLP, "world": 4, "tp": 4, "sequence_parallel": True},
+    "feed-forward, gpt2": {"arch": GPT2, "recompute": MLP},
     "blocked attention": {"attention": "blocked"},
     "blocked attention, selective": {"attention": "blocked", "recompute": RecomputePlan(granularity="selective")},
     "reference attention": {"attention": "reference"},

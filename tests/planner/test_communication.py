@@ -10,7 +10,7 @@ import torch
 
 from megatron.accelerators import load
 from megatron.model.gpt import GPT, ModelInputs
-from megatron.model.setting import RecomputePlan
+from megatron.model.recompute import RecomputePlan
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.groups import build_groups
 from megatron.ops import build_table
@@ -30,6 +30,7 @@ MODELS = {
     "recomputed in one group": {"recompute": RecomputePlan(granularity="full", num_layers=3)},
     "first two recomputed": {"recompute": RecomputePlan(granularity="full", method="block", num_layers=2)},
     "recomputed, sequence parallel": {"recompute": FULL, "sequence_parallel": True},
+    "feed-forward recomputed": {"recompute": RecomputePlan(granularity="mlp"), "sequence_parallel": True},
     "copies of kv heads": {"arch": {"num_kv_heads": 2, "qkv_bias": True}, "sequence_parallel": True},
     "gpt2, sequence parallel": {"arch": GPT2 | {"qk_norm": True, "embedding_norm": True}, "sequence_parallel": True},
 }

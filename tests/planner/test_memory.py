@@ -39,6 +39,8 @@ STEPS = {
     "activations, float32": (1, (*LONG, "--global-batch-size", "4")),
     "activations, bfloat16": (1, (*LONG, "--bf16", "--global-batch-size", "4")),
     "full recomputation": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--recompute-granularity", "full")),
+    "feed-forward recomputed": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--recompute-granularity", "mlp")),
+    "some layers recomputed": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--recomputation-layer-num", "4")),
     "tensor and sequence parallel": (
         *(4, (*LONG, "--bf16", "--tensor-model-parallel-size", "4", "--sequence-parallel", "--global-batch-size", "4")),
     ),
@@ -108,7 +110,7 @@ def test_peak_of_a_step_of_deepspeed(name, capfd, monkeypatch):
         monkeypatch.setenv(variable, "0")
     config, plan = planned(["--deepspeed", "--global-batch-size", str(2 * world), *flags], world)
     expected, found = worst_rank(plan).peak.total, _measured(config, plan)
-    bucket = plan.bucket * plan.itemsize
+    bucket = plan.bucket * (4 if plan.zero_stage == 3 else plan.itemsize)
     if found > bucket:  # beside a bucket of gigabytes nothing else would be seen
         expected, found = expected - bucket, found - bucket
     assert expected == pytest.approx(found, rel=DEEPSPEED_TOLERANCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -100,6 +101,23 @@ def test_heads_and_world_size_that_do_not_fit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_drive_without_the_library_for_it(tmp_path: Path) -> None:
+    """One process without a launcher, which DeepSpeed does not expect."""
+    from megatron.training.deepspeed import import_deepspeed
+
+    import_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio is there, so DeepSpeed can use a drive")
+    drive = {"device": "nvme", "nvme_path": str(tmp_path)}
+    document = tmp_path / "ds.json"
+    document.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": drive}}))
+    found = _run("--mock-data", "--deepspeed", "--deepspeed_config", str(document))
+    _assert_refused(found, ['offload_optimizer.device = "nvme"', "libaio", 'take "cpu"'])
+
+
 def test_save_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     found = _run("--mock-data", "--save", str(tmp_path / "file" / "runs"), "--save-interval", "5")

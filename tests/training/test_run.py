@@ -59,6 +59,15 @@ def test_a_run_writes_what_it_was_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_interval_to_leave_after_does_not_end_a_run_that_has_just_begun_again(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    flags = ("--exit-interval", "2", "--save", saved, "--save-interval", "2", "--load", saved)
+    for expected in ([1, 2], [1, 2, 3, 4]):
+        steps = _of(_train(tmp_path, *flags), "train")
+        assert [record["iteration"] for record in steps] == expected
+
+
+@pytest.mark.slow
 def test_whole_validation_set_once_with_its_last_batch_filled_up(tmp_path: Path) -> None:
     flags = (
         "--eval-iters",
