@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.config import pipeline
 from megatron.config.architecture import Architecture, Position, RopeScaling
+from megatron.config.phases import phases
 from megatron.config.presets import PRESETS
 
 Settings = Mapping[str, Any]
@@ -110,7 +111,8 @@ def _batch(s: Settings) -> Changes:
     changes: Changes = {}
     micro = s["micro_batch_size"]
     if micro and s["global_batch_size"] is None:
-        changes["global_batch_size"] = micro * s["data_parallel_size"]
+        scheduled = s["scheduler_batch_size"]
+        changes["global_batch_size"] = scheduled[-1] if scheduled else micro * s["data_parallel_size"]
     if s["eval_micro_batch_size"] is None:
         changes["eval_micro_batch_size"] = micro
     return changes
@@ -127,13 +129,19 @@ def _length(s: Settings) -> Changes:
     if samples is None and limit is None:
         return {"train_iters": 0 if s["skip_train"] else None}
     samples = min(number for number in (samples, limit) if number is not None)
-    return {"train_samples": samples, "train_iters": _iterations(samples, batch, s["rampup_batch_size"])}
+    return {"train_samples": samples, "train_iters": _iterations(samples, batch, s)}
 
 
-def _iterations(samples: int, batch: int | None, ramp_up: tuple[str, ...] | None) -> int | None:
-    """How many whole steps the samples are enough for; None if the batch or its ramp-up makes no sense."""
+def _iterations(samples: int, batch: int | None, s: Settings) -> int | None:
+    """How many whole steps the samples are enough for; None if the batch or how it grows makes no sense."""
     if not batch:
         return None
+    starts, sizes = s["batch_sched_samples"], s["scheduler_batch_size"]
+    if starts and sizes and len(starts) == len(sizes):
+        # The length of samples is of no matter here.
+        parts = phases(sizes, starts, None, 1)
+        return parts.iterations(samples) if parts else None
+    ramp_up = s["rampup_batch_size"]
     if ramp_up is None:
         return samples // batch
     try:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megatron.config import fp8_rules, model_rules, pipeline_rules, probe_rules, run_rules, sequence_rules
+from megatron.config import fp8_rules, model_rules, phase_rules, pipeline_rules, probe_rules, run_rules, sequence_rules
 
 
 class NotYet(NamedTuple):
@@ -48,7 +48,7 @@ EXPERTS_ONLY = (
 
 RULES: tuple[Callable[..., str | None], ...] = tuple(
     rule
-    for module in (model_rules, sequence_rules, pipeline_rules, run_rules, fp8_rules, probe_rules)
+    for module in (model_rules, sequence_rules, pipeline_rules, run_rules, phase_rules, fp8_rules, probe_rules)
     for rule in module.RULES
 )
 

@@ -19,6 +19,19 @@ class TrainingConfig:
     rampup_batch_size: tuple[str, ...] | None = option(
         None, "Growing batch: first size, increment and number of samples over which it grows, in samples.", many="*"
     )
+    scheduler_batch_size: tuple[int, ...] | None = option(
+        None, "Global batch size of every part of the run, in samples.", many="+", minimum=1
+    )
+    batch_sched_samples: tuple[int, ...] | None = option(
+        None, "Where every part of the run begins, in samples; the first is 0.", many="+", minimum=0
+    )
+    scheduler_seq_length: tuple[int, ...] | None = option(
+        None,
+        "Length of the samples of every part of the run, in tokens: --seq-length, or a part of it that samples of that "
+        "length are cut into.",
+        many="+",
+        minimum=1,
+    )
     eval_micro_batch_size: int = resolved(
         "Samples that one rank evaluates at once. Default: --micro-batch-size.", minimum=1
     )
@@ -40,6 +53,9 @@ class TrainingConfig:
     skip_train: bool = option(False, "Only evaluate.", aliases=("--eval-only",))
     exit_interval: int | None = option(
         None, "Stop when the iteration is a multiple of this number of iterations.", minimum=1
+    )
+    stop_after_num_samples: int | None = option(
+        None, "Save and stop when this number of samples has been trained on.", minimum=1
     )
     exit_duration_in_mins: int | None = option(None, "Save and stop after this time, in minutes.", minimum=1)
     exit_before_job_end_in_mins: int | None = option(

@@ -40,6 +40,22 @@ class Batch:
         """The batch in page-locked memory; called by the loader of torch where it is asked to pin."""
         return self._map(torch.Tensor.pin_memory)
 
+    def cut(self, pieces: int) -> list[Batch]:
+        """The batch as `pieces` batches [b, s / pieces] of consecutive parts of its samples; `pieces` divides s.
+
+        Positions that restart after EOD stay those within the document.
+        """
+        if pieces == 1:
+            return [self]
+        length = self.tokens.shape[1] // pieces
+        return [
+            replace(
+                self._map(lambda tensor, at=number * length: tensor[:, at : at + length].contiguous()),
+                dropout_seed=mix_seed(self.dropout_seed, number),
+            )
+            for number in range(pieces)
+        ]
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return replace(
             self,

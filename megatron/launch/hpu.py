@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.config.presets import preset
 from megatron.launch import hpu_models, hpu_rows
-from megatron.launch.env import Family, Values, Variable, choice, value
+from megatron.launch.env import Family, Values, Variable, choice, value, words
 from megatron.launch.hpu_models import Recipe
 from megatron.launch.hpu_rows import absent, row, silent, truth, whole
 
@@ -19,9 +21,13 @@ def _recipe(values: Values) -> Recipe:
     return hpu_models.llama(values["HL_LLAMA_VER"], values["HL_LLAMA_MODEL_SIZE"])[1]
 
 
-def _of_model(flag: str, field: str) -> Variable:
+def _of_model(flag: str, field: str, replaced_by: Sequence[str] = ()) -> Variable:
     """A row that gives `flag` what the table of models says."""
-    return row("HL_LLAMA_MODEL_SIZE", lambda text, values: (flag, getattr(_recipe(values), field)), (flag,), "")
+
+    def flags(text: str, values: Values) -> tuple[str, ...]:
+        return (flag, getattr(_recipe(values), field))
+
+    return row("HL_LLAMA_MODEL_SIZE", flags, (flag,), "", replaced_by=replaced_by)
 
 
 def _positions(text: str, values: Values) -> tuple[str, ...]:
@@ -88,7 +94,7 @@ MODEL: tuple[Variable, ...] = (
     ),
     _of_model("--lr", "lr"),
     _of_model("--min-lr", "min_lr"),
-    _of_model("--lr-warmup-iters", "warmup_iters"),
+    _of_model("--lr-warmup-iters", "warmup_iters", ("--lr-warmup-samples", "--lr-warmup-fraction")),
     _of_model("--adam-eps", "adam_eps"),
     value("HL_NUM_LAYERS", "--num-layers", "layers, instead of the model's"),
     value("HL_SEQ_LEN", "--seq-length", "tokens per sample"),
@@ -122,8 +128,15 @@ DATA: tuple[Variable, ...] = (
 )
 TRAINING: tuple[Variable, ...] = (
     value("HL_MICRO_BATCH", "--micro-batch-size", "samples per card at once"),
-    value("HL_GBS", "--global-batch-size", "samples per step over all cards"),
-    value("HL_TRAIN_ITERS", "--train-iters", "steps"),
+    row(
+        *("HL_GBS", lambda text, values: ("--global-batch-size", text), ("--global-batch-size",)),
+        "samples per step over all cards",
+        replaced_by=("--scheduler-batch-size",),
+    ),
+    row(
+        *("HL_TRAIN_ITERS", lambda text, values: ("--train-iters", text), ("--train-iters",), "steps"),
+        replaced_by=("--train-samples",),
+    ),
     value("HL_EVAL_ITERS", "--eval-iters", "batches per evaluation; -1 is the whole set"),
     value("HL_EVAL_INTERVAL", "--eval-interval", "steps between evaluations"),
     choice(
@@ -143,6 +156,12 @@ TRAINING: tuple[Variable, ...] = (
         note="gradients are always added up as they are computed",
     ),
     truth("HL_NO_PIPELINE_PARALLEL", ("--no-pipeline-parallel",), (), "1 refuses HL_PP above 1"),
+)
+SCHEDULE: tuple[Variable, ...] = (
+    words("HL_SCHEDULER_BATCH_SIZE", "--scheduler-batch-size", "samples per step of every part of the run"),
+    words("HL_BATCH_SCHED_SAMPLES", "--batch-sched-samples", "where every part begins, in samples: 0 61524 350311035"),
+    words("HL_SCHEDULER_SEQ_LEN", "--scheduler-seq-length", "tokens per sample of every part; an addition of ours"),
+    value("HL_STOP_AFTER_NUM_SAMPLES", "--stop-after-num-samples", "save and stop after so many samples"),
 )
 KERNELS: tuple[Variable, ...] = (
     row(
@@ -236,7 +255,6 @@ EIGHT_BIT: tuple[Variable, ...] = (
     absent("HL_USE_CACHE_FP8_WEIGHT", "0", "8-bit weights are made anew in each pass"),
     absent("HL_USE_CACHE_FP8_WEIGHT_FWD", "0", "8-bit weights are made anew in each pass"),
 )
-_NO_STEPS = "a batch grows by --rampup-batch-size with --train-samples"
 _LOGGED = ("--log-model-inputs", "--log-fwd-activations", "--log-bwd-grads")
 
 
@@ -264,9 +282,6 @@ PROBES: tuple[Variable, ...] = (
     _with("HL_CHECK_TP_NORM", "HL_END_CHECK_TP_NORM_ITER", "-1", "--end-check-tp-norm-iter", "last iteration"),
 )
 ABSENT: tuple[Variable, ...] = (
-    absent("HL_SCHEDULER_BATCH_SIZE", "", _NO_STEPS),
-    absent("HL_BATCH_SCHED_SAMPLES", "", _NO_STEPS),
-    absent("HL_STOP_AFTER_NUM_SAMPLES", "", "HL_EXIT_INTERVAL stops a run, in steps"),
     absent("HL_QNPU_DIR", "", "activate that environment before the launch"),
     absent("HL_LATEST_CHECKPOINT", "", "HL_CHECKPOINTS_DIR holds it, and nothing is converted"),
     absent("HL_DATASET_NAME", "", "since 1.16 it is HL_DATA_FILE_PREFIX and HL_TOKENIZER_TYPE"),
@@ -326,7 +341,17 @@ def llama_defaults(chosen: Values) -> Values:
 LLAMA = Family(
     prefix=hpu_rows.PREFIX,
     variables=(
-        *(*hpu_rows.LAUNCH, *hpu_rows.LAYOUT, *MODEL, *DATA, *TRAINING, *KERNELS, *EIGHT_BIT, *hpu_rows.OUTPUT),
+        *(
+            *hpu_rows.LAUNCH,
+            *hpu_rows.LAYOUT,
+            *MODEL,
+            *DATA,
+            *TRAINING,
+            *SCHEDULE,
+            *KERNELS,
+            *EIGHT_BIT,
+            *hpu_rows.OUTPUT,
+        ),
         *PROBES,
         *ABSENT,
     ),

@@ -21,23 +21,29 @@ from megatron.data.settings import (
     sample_counts,
 )
 from megatron.tokenizer import Tokenizer
+from megatron.training.microbatches import BatchPlan
 from megatron.training.setup import Session
 from megatron.training.state import TrainState
 
 
 def build_data(
-    config: RunConfig, session: Session, tokenizer: Tokenizer, state: TrainState, report: Callable[[str], None]
+    config: RunConfig,
+    session: Session,
+    tokenizer: Tokenizer,
+    plan: BatchPlan,
+    state: TrainState,
+    report: Callable[[str], None],
 ) -> DataIterators:
     """The streams, going on where `state` is. Called by all ranks."""
     groups = session.groups
     share = Share(rank=groups.dp.rank, size=groups.dp.size, micro_batch_size=config.training.micro_batch_size)
     return build_data_iterators(
         data_settings(config, tokenizer.eod if tokenizer.pad is None else tokenizer.pad),
-        counts(config),
+        counts(config, plan),
         share=share,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        consumed=Consumed(train=state.samples, valid=state.valid_samples),
+        consumed=Consumed(train=plan.read(state.samples), valid=state.valid_samples),
         device=session.device,
         pin_memory=session.accelerator.capabilities.pinned_memory,
         report=report,
@@ -122,7 +128,7 @@ def instruction_rules(config: RunConfig, pad: int) -> InstructionRules:
     )
 
 
-def counts(config: RunConfig) -> SampleCounts:
+def counts(config: RunConfig, plan: BatchPlan) -> SampleCounts:
     """Samples that the run takes of each split."""
     training = config.training
     if training.skip_train:
@@ -134,7 +140,7 @@ def counts(config: RunConfig) -> SampleCounts:
             global_batch_size=training.global_batch_size,
         )
     return sample_counts(
-        training.train_samples or training.train_iters * training.global_batch_size,
+        plan.read(training.train_samples or training.train_iters * training.global_batch_size),
         train_iters=training.train_iters,
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,

@@ -51,6 +51,13 @@ class TrainingFlops:
     model: int
     recompute: int
 
+    def times(self, samples: int) -> TrainingFlops:
+        """Of so many samples."""
+        return TrainingFlops(self.model * samples, self.recompute * samples)
+
+    def __add__(self, other: TrainingFlops) -> TrainingFlops:
+        return TrainingFlops(self.model + other.model, self.recompute + other.recompute)
+
     @property
     def hardware(self) -> int:
         """What the device computes."""

@@ -144,8 +144,9 @@ class Training:
         batches = self.data.train
         assert batches is not None, "training needs training data"
         with self.timers("batch-generator"):
-            microbatches = [next(batches) for _ in range(size.microbatches)]
-        tokens = size.samples * self.settings.seq_length
+            read = (next(batches) for _ in range(size.microbatches // size.pieces))
+            microbatches = [batch for whole in read for batch in whole.cut(size.pieces)]
+        tokens = size.samples * self.settings.seq_length // size.pieces
         if number in self.settings.skip or number in self._left_out:
             self.state = self.state.after_unused(size.samples, tokens)
             self.printers.rank0(f" skipping iteration {number}: its data is not trained on")
@@ -162,7 +163,9 @@ class Training:
         self._check_divergence(result)
         norm = self.engine.parameters_norm if self.settings.log_params_norm else None
         # Megatron logs the rate that its scheduler has moved on to: that of the next step.
-        self.reporter.step(self.state, result, lr=self._step_settings().lr, samples=size.samples, params_norm=norm)
+        lr = self._step_settings().lr
+        length = self.settings.seq_length // size.pieces
+        self.reporter.step(self.state, result, lr=lr, samples=size.samples, seq_length=length, params_norm=norm)
         self.profile(self.state.iteration)
 
     def _leave_or_go_back(self, number: int, anomaly: Anomaly) -> None:
@@ -264,6 +267,7 @@ class Training:
             self.exits,
             rank=self.rank,
             iteration=iteration,
+            samples=self.state.samples,
             minutes=(time.monotonic() - self.started) / 60.0,
             received=flag.received,
             all_reduce_max=self.all_reduce_max,

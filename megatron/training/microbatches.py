@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron.config.phases import Phases
+
 
 class BatchSizeError(ValueError):
     """A global batch size that cannot be cut into micro-batches, or a ramp-up that cannot be."""
@@ -46,6 +48,8 @@ class BatchSize:
 
     samples: int
     microbatches: int
+    pieces: int = 1
+    """Micro-batches that one of the data is cut into: samples are that much shorter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class BatchPlan:
         micro_batch_size: samples per forward pass of one data-parallel rank.
         data_parallel_size: number of data-parallel ranks.
         ramp_up: None for a constant size.
+        phases: parts with sizes of their own, in place of the two; the last one's is `global_batch_size`.
 
     Raises:
         BatchSizeError: when built, if any size that will occur is not a multiple of
@@ -67,6 +72,7 @@ class BatchPlan:
     micro_batch_size: int
     data_parallel_size: int
     ramp_up: RampUp | None = None
+    phases: Phases | None = None
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "data_parallel_size"):
@@ -86,6 +92,8 @@ class BatchPlan:
 
     def sizes(self) -> list[int]:
         """Every global batch size that occurs, in order."""
+        if self.phases is not None:
+            return [part.batch for part in self.phases.parts]
         if self.ramp_up is None:
             return [self.global_batch_size]
         first = self.ramp_up.start if self.ramp_up.samples > 0 else self.global_batch_size
@@ -94,7 +102,8 @@ class BatchPlan:
     def at(self, consumed_samples: int) -> BatchSize:
         """The batch size of the step that starts after `consumed_samples` samples."""
         size = self._size(consumed_samples)
-        return BatchSize(size, size // (self.micro_batch_size * self.data_parallel_size))
+        pieces = 1 if self.phases is None else self.phases.at(consumed_samples).pieces
+        return BatchSize(size, size // (self.micro_batch_size * self.data_parallel_size), pieces)
 
     @property
     def final(self) -> BatchSize:
@@ -103,7 +112,13 @@ class BatchPlan:
             self.global_batch_size, self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
         )
 
+    def read(self, consumed_samples: int) -> int:
+        """Samples of the data that have been read when `consumed_samples` have been trained on."""
+        return consumed_samples if self.phases is None else self.phases.read(consumed_samples)
+
     def _size(self, consumed_samples: int) -> int:
+        if self.phases is not None:
+            return self.phases.at(consumed_samples).batch
         ramp = self.ramp_up
         steps = 0 if ramp is None else (self.global_batch_size - ramp.start) // ramp.increment
         if ramp is None or steps == 0 or consumed_samples > ramp.samples or ramp.samples == 0:
@@ -113,6 +128,8 @@ class BatchPlan:
 
     def iterations(self, samples: int) -> int:
         """How many whole steps `samples` samples are enough for, from the start of training."""
+        if self.phases is not None:
+            return self.phases.iterations(samples)
         count = consumed = 0
         if self.ramp_up is not None:
             while consumed <= self.ramp_up.samples and consumed + self._size(consumed) <= samples:
@@ -124,6 +141,13 @@ class BatchPlan:
 
     def describe(self) -> str:
         """The line that the start-up log shows."""
+        if self.phases is not None:
+            parts = [
+                f"{part.batch} samples" + (f" of a {part.pieces}th of the length" if part.pieces > 1 else "")
+                for part in self.phases.parts
+            ]
+            starts = [f"from sample {part.start}" for part in self.phases.parts]
+            return "global batch: " + "; ".join(" ".join(pair) for pair in zip(starts, parts, strict=True))
         if self.ramp_up is None:
             return f"setting number of micro-batches to constant {self.at(0).microbatches}"
         return (

@@ -34,11 +34,10 @@ class ReportSettings:
     Attributes:
         interval: iterations between log lines.
         train_iters: length of the run.
-        seq_length: tokens of a sample.
         world_size: devices.
         data_parallel_size: replicas of the model.
         parameters: of the model.
-        flops: operations per sample.
+        flops: operations of a sample of so many tokens.
         peak_flops: of one device, FLOP/s; None if unknown.
         curves: what goes to TensorBoard.
         curve_interval: iterations between its points.
@@ -50,11 +49,10 @@ class ReportSettings:
 
     interval: int
     train_iters: int
-    seq_length: int
     world_size: int
     data_parallel_size: int
     parameters: int
-    flops: TrainingFlops
+    flops: Callable[[int], TrainingFlops]
     peak_flops: float | None
     curves: Curves
     curve_interval: int = 1
@@ -97,15 +95,26 @@ class Reporter:
     _steps: list[StepResult] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
     _samples: int = 0
+    _tokens: int = 0
+    _work: TrainingFlops = field(default_factory=lambda: TrainingFlops(0, 0))
     _memory_shown: bool = False
 
     def step(
-        self, state: TrainState, result: StepResult, *, lr: float, samples: int, params_norm: Callable[[], float] | None
+        self,
+        state: TrainState,
+        result: StepResult,
+        *,
+        lr: float,
+        samples: int,
+        seq_length: int,
+        params_norm: Callable[[], float] | None,
     ) -> None:
-        """An optimizer step was taken; `samples` is its global batch size. Called by all ranks."""
+        """An optimizer step was taken, on `samples` samples of `seq_length` tokens. Called by all ranks."""
         s = self.settings
         self._steps.append(result)
         self._samples += samples
+        self._tokens += samples * seq_length
+        self._work += s.flops(seq_length).times(samples)
         logged = state.iteration % s.interval == 0
         norm = params_norm() if params_norm is not None and logged else None
         if self.writers.bar is not None:
@@ -136,9 +145,7 @@ class Reporter:
         """The log line of the steps since the last one, and a new interval."""
         s = self.settings
         seconds = time.perf_counter() - self._started
-        speed = throughput(
-            s.flops, samples=self._samples, seconds=seconds, devices=s.world_size, peak_flops=s.peak_flops
-        )
+        speed = throughput(self._work, samples=1, seconds=seconds, devices=s.world_size, peak_flops=s.peak_flops)
         per_second = self._samples / seconds
         report = TrainingReport(
             iteration=state.iteration,
@@ -151,7 +158,7 @@ class Reporter:
             interval=summarise(self._steps),
             params_norm=params_norm,
             samples_per_second=per_second,
-            tokens_per_second_per_device=per_second * s.seq_length / s.world_size,
+            tokens_per_second_per_device=self._tokens / seconds / s.world_size,
             tflops=speed.tflops,
             mfu=speed.mfu,
             hfu=speed.hfu,
@@ -170,7 +177,8 @@ class Reporter:
 
     def restart(self) -> None:
         """Begin a new interval now: what happened since the last log line (an evaluation, a save) is not training."""
-        self._steps, self._samples, self._started = [], 0, time.perf_counter()
+        self._steps, self._samples, self._tokens, self._work = [], 0, 0, TrainingFlops(0, 0)
+        self._started = time.perf_counter()
 
     def pause(self) -> Callable[[], None]:
         """Stop the clock of the interval; call the result to let it go on."""

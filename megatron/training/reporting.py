@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,10 @@ def _settings(config: RunConfig, session: Session, arch: Architecture) -> Report
     return ReportSettings(
         interval=logging.log_interval,
         train_iters=config.training.train_iters,
-        seq_length=config.data.seq_length,
         world_size=session.groups.world.size,
         data_parallel_size=session.groups.dp.size,
         parameters=arch.num_parameters(),
-        flops=run_flops(config, arch),
+        flops=functools.cache(functools.partial(run_flops, config, arch)),
         peak_flops=session.accelerator.peak_flops(getattr(torch, config.precision.params_dtype)),
         curves=Curves(
             timers=logging.log_timers_to_tensorboard,
@@ -79,14 +79,14 @@ def _settings(config: RunConfig, session: Session, arch: Architecture) -> Report
     )
 
 
-def run_flops(config: RunConfig, arch: Architecture) -> TrainingFlops:
-    """Operations per sample, with what the run recomputes."""
+def run_flops(config: RunConfig, arch: Architecture, seq_length: int) -> TrainingFlops:
+    """Operations of a sample of `seq_length` tokens, with what the run recomputes."""
     training = config.training
     layers = arch.num_layers
     if training.recompute_method == "block":
         layers = recompute_plan(vars(training)).layers_again(config.parallel.pipeline_stage_layers)
     return training_flops(
-        arch, config.data.seq_length, recompute=training.recompute_granularity or "none", recomputed_layers=layers
+        arch, seq_length, recompute=training.recompute_granularity or "none", recomputed_layers=layers
     )
 
 

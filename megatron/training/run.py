@@ -16,6 +16,7 @@ import megatron
 from megatron import checkpoint
 from megatron.config import dump
 from megatron.config.architecture import Architecture
+from megatron.config.phases import phases
 from megatron.config.run import RunConfig
 from megatron.mpu.schedule import describe
 from megatron.training.anomalies import AnomalyWatch
@@ -91,14 +92,14 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
         resumed = resume(engine, lr_schedule(config), config.checkpoint, config.optimizer, say)
     record = run_record(config, session, arch)
     say("> building train, validation, and test datasets ...")
-    data = build_data(config, session, tokenizer, resumed.state, say)
+    data = build_data(config, session, tokenizer, plan, resumed.state, say)
     reporter = build_reporter(config, session, arch, timers, record, resumed.state.iteration)
 
     def go_back() -> Restart | None:
         if config.checkpoint.save is None or not _has_saved(config.checkpoint.save):
             return None
         again = resume(engine, lr_schedule(config), latest_of_run(config.checkpoint), config.optimizer, say)
-        return Restart(again.state, again.schedule, build_data(config, session, tokenizer, again.state, say))
+        return Restart(again.state, again.schedule, build_data(config, session, tokenizer, plan, again.state, say))
 
     return Training(
         engine=engine,
@@ -132,6 +133,12 @@ def batch_plan(config: RunConfig) -> BatchPlan:
         micro_batch_size=training.micro_batch_size,
         data_parallel_size=config.parallel.data_parallel_size,
         ramp_up=RampUp.parse(training.rampup_batch_size) if training.rampup_batch_size else None,
+        phases=phases(
+            training.scheduler_batch_size,
+            training.batch_sched_samples,
+            training.scheduler_seq_length,
+            config.data.seq_length,
+        ),
     )
 
 

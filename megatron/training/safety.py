@@ -37,6 +37,7 @@ def exit_rules(config: RunConfig, started: float, env: Mapping[str, str]) -> Exi
         after_minutes=min((limit for limit in limits if limit is not None), default=None),
         every=training.exit_interval,
         kill_switch=Path(training.kill_switch_file) if training.kill_switch_file else None,
+        after_samples=training.stop_after_num_samples,
     )
 
 

@@ -26,6 +26,7 @@ class Cause(IntEnum):
     DURATION = 2
     SIGNAL = 3
     KILL_SWITCH = 4
+    SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,14 @@ class ExitRules:
         every: `--exit-interval`: leave after an iteration divisible by it.
         kill_switch: `--kill-switch-path`: leave when this file exists. Only rank 0 looks, for on a network file
             system ranks may see a new file at different times. It is never removed.
+        after_samples: `--stop-after-num-samples`.
     """
 
     on_signal: signal.Signals | None = None
     after_minutes: float | None = None
     every: int | None = None
     kill_switch: Path | None = None
+    after_samples: int | None = None
 
     @property
     def must_agree(self) -> bool:
@@ -99,16 +102,21 @@ class SignalFlag:
         self.received = True
 
 
-def local_cause(rules: ExitRules, *, rank: int, iteration: int, minutes: float, received: bool) -> Cause:
+def local_cause(
+    rules: ExitRules, *, rank: int, iteration: int, samples: int = 0, minutes: float, received: bool
+) -> Cause:
     """What this rank knows.
 
     Args:
         rules: what ends the run.
         rank: this rank.
         iteration: iterations done.
+        samples: samples trained on.
         minutes: time since the program started.
         received: whether the signal arrived here.
     """
+    if rules.after_samples is not None and samples >= rules.after_samples:
+        return Cause.SAMPLES
     if rank == 0 and rules.kill_switch is not None and rules.kill_switch.exists():
         return Cause.KILL_SWITCH
     if received:
@@ -138,6 +146,7 @@ def decide_exit(
     *,
     rank: int,
     iteration: int,
+    samples: int = 0,
     minutes: float,
     received: bool,
     all_reduce_max: Callable[[int], int],
@@ -148,11 +157,12 @@ def decide_exit(
         rules: what ends the run; the same on all ranks.
         rank: this rank.
         iteration: iterations done; 0 before the first one of this program, wherever the run is.
+        samples: samples trained on.
         minutes: time since the program started.
         received: whether the signal arrived here.
         all_reduce_max: the largest value over all ranks. Not called when the rules only depend on the iteration.
     """
-    known = local_cause(rules, rank=rank, iteration=iteration, minutes=minutes, received=received)
+    known = local_cause(rules, rank=rank, iteration=iteration, samples=samples, minutes=minutes, received=received)
     agreed = Cause(all_reduce_max(int(known))) if rules.must_agree else known
     if agreed is Cause.NONE:
         return None
@@ -160,6 +170,7 @@ def decide_exit(
         Cause.INTERVAL: f"exiting program at iteration {iteration}",
         Cause.DURATION: f"exiting program after {minutes:.1f} minutes",
         Cause.SIGNAL: f"exiting program after receiving {rules.on_signal.name if rules.on_signal else 'a signal'}.",
+        Cause.SAMPLES: f"exiting program after {samples} samples",
         Cause.KILL_SWITCH: f"Detected kill switch at {rules.kill_switch}. Exiting",
     }
     return Exit(agreed, messages[agreed])

@@ -6,8 +6,18 @@ import inspect
 
 import pytest
 
-from megatron.config import fp8_rules, model_rules, pipeline_rules, probe_rules, rules, run_rules, sequence_rules
+from megatron.config import (
+    fp8_rules,
+    model_rules,
+    phase_rules,
+    pipeline_rules,
+    probe_rules,
+    rules,
+    run_rules,
+    sequence_rules,
+)
 from megatron.config.parser import ConfigError, defaults
+from tests.config import phase_cases
 from tests.config.commands import config
 
 M, P, R, S = model_rules, pipeline_rules, run_rules, sequence_rules
@@ -447,6 +457,7 @@ TABLE = [
     (R.profiled_ranks_exist, "--profile-ranks 0 4", "", "--profile-ranks 4: below world size 4"),
     (R.wandb_runs_have_names, "--wandb-project p", "", "--wandb-project p: --wandb-exp-name"),
     (R.wandb_runs_have_names, "--wandb-exp-name e", "", "--wandb-exp-name: --wandb-project"),
+    *phase_cases.TABLE,
     (R.operations_are_named, "--op attention", "", "--op attention: operation=implementation"),
     (F.eight_bits_have_a_format, "--fp8-margin 1", "", "--fp8-margin: only with --fp8-format"),
     (
@@ -529,7 +540,7 @@ def test_every_rule_is_in_the_table():
 
 
 def test_rules_of_a_module_are_all_run():
-    for module in (model_rules, pipeline_rules, run_rules, sequence_rules, fp8_rules, probe_rules):
+    for module in (model_rules, pipeline_rules, run_rules, phase_rules, sequence_rules, fp8_rules, probe_rules):
         public = {
             value
             for name, value in vars(module).items()

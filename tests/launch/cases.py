@@ -53,6 +53,7 @@ CASES: Mapping[str, Case] = {
     "hpu_llama1_13b_64": Case("hpu/run_llama.sh", 64, _GAUDI_64),
     "hpu_llama2_70b_32": Case("hpu/run_llama.sh", 32, _GAUDI_70B),
     "hpu_llama31_8b": Case("hpu/run_llama.sh", 8, {"HL_LLAMA_VER": "3.1"}),
+    "hpu_llama31_8b_schedule": Case("hpu/run_llama_seq_sched.sh", 8),
     "hpu_bloom_13b": Case("hpu/run_bloom13b.sh", 8, _GAUDI_BLOOM),
     "hpu_mixtral": Case("hpu/run_mixtral.sh", 8),
     "npu_pretrain_7b_zero_8p": Case("npu/pretrain_llama_7B_zero_8p.sh", 8),

@@ -32,6 +32,7 @@ HL_USE_TORCH_COMPILED_AUTOGRAD HL_USE_TRANSFORMER_ENGINE HL_ZERO_STAGE
 """,
 )
 _OLDER = {"HL_DATASET_NAME", "HL_TORCH_COMPILE_BACKEND"}
+_OURS = {"HL_SCHEDULER_SEQ_LEN"}
 _WORDS = ("0", "1", "2", "3", "4", "8", "16", "64", "-1", "true", "false", "abc", "2.5", "x/y", "3,4")
 _USUAL = {
     "HL_CKP_ACT": ["0", "1", "2", "4"],
@@ -90,7 +91,7 @@ def _refusal(family="gaudi-llama", argv=(), **variables) -> str:
 def test_all_73_names_have_a_row():
     assert len(set(NAMES)) == 73
     rows = {row.name for row in hpu.LLAMA.variables if row.name.startswith("HL_")}
-    assert rows == {*NAMES, *_OLDER}
+    assert rows == {*NAMES, *_OLDER, *_OURS}
 
 
 def test_misspelt_name_is_refused_naming_the_right_one():
@@ -190,8 +191,7 @@ def test_what_is_off_leaves_no_flag(variables, words):
         ({"HL_CHECK_TP_NORM": "1"}, "--check-tp-norm-type all: must be wb"),
         ({"HL_USE_FAST_SOFTMAX": "1", "HL_USE_FUSED_SDPA": "0"}, "SOFTMAX=1 says nothing with HL_USE_FUSED_SDPA=0"),
         ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "1500"}, "must be a multiple of 1024, the forward passes of a step"),
-        ({"HL_SCHEDULER_BATCH_SIZE": "8 16"}, "--rampup-batch-size"),
-        ({"HL_STOP_AFTER_NUM_SAMPLES": "100"}, "HL_EXIT_INTERVAL stops a run"),
+        ({"HL_SCHEDULER_BATCH_SIZE": "8 16"}, "--scheduler-batch-size and --batch-sched-samples: give both"),
         ({"HL_QNPU_DIR": "/q"}, "activate that environment"),
         ({"HL_DATASET_NAME": "oscar"}, "HL_DATA_FILE_PREFIX"),
         ({"HL_LLAMA_MODEL_SIZE": "7", "PRESET": "llama-tiny"}, "both decide --preset"),
