@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -54,11 +54,11 @@ def test_where_a_thread_is() -> None:
     assert place_of(None) == ("an unknown place", False)
 
 
-def _work(trouble: str) -> None:
-    dist.init_process_group("gloo")
+def _work(trouble: str, asked: float | None = SECONDS, collectives: float = 600.0) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=collectives))
     rank = dist.get_rank()
     store = dist.distributed_c10d._get_default_store()
-    with Watchdog(rank=rank, world_size=2, asked=SECONDS, collectives=600.0, store=store) as watchdog:
+    with Watchdog(rank=rank, world_size=2, asked=asked, collectives=collectives, store=store) as watchdog:
         for step in range(1_000_000):
             watchdog.begin(f"iteration {step}")
             dist.all_reduce(torch.ones(1))
@@ -79,6 +79,10 @@ def _is_stopped() -> None:
     _work("is stopped")
 
 
+def _gives_up() -> None:
+    _work("hangs", asked=None, collectives=SECONDS)
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path) -> None:
     codes, outputs = run(_hangs, 2, tmp_path)
@@ -89,6 +93,16 @@ def test_a_rank_that_hangs_ends_all_and_is_named(tmp_path: Path) -> None:
     assert guilty.startswith("  rank 1: DOES NOT WAIT FOR OTHERS: iteration 20, in _stuck (")
     assert waiting.startswith("  rank 0: waits for others: iteration 21, in _work (")
     assert "Where the ranks are" not in outputs[1]
+
+
+@pytest.mark.slow
+def test_without_a_limit_a_collective_that_gives_up_names_the_rank(tmp_path: Path) -> None:
+    codes, outputs = run(_gives_up, 2, tmp_path)
+    assert codes == [1, 1]
+    # The collective and the watchdog have the same limit here, as without a flag; either speaks.
+    assert f"longer than {SECONDS} s" in outputs[0]
+    assert "  rank 1: DOES NOT WAIT FOR OTHERS: iteration 20, in _stuck (" in outputs[0]
+    assert "  rank 0: waits for others: iteration 21, in " in outputs[0]
 
 
 @pytest.mark.slow
@@ -106,4 +120,3 @@ def test_nothing_happens_while_iterations_end_or_nobody_watches() -> None:
             time.sleep(0.2)
         with watchdog.unwatched("saving"):
             time.sleep(0.9)
-    assert threading.active_count() >= 1
