@@ -14,11 +14,11 @@ from tests.parity import DEEP, Layout, curve, difference, layout_of
 STEPS = 4
 DELAYED = ("--fp8-format", "hybrid", "--fp8-amax-history-len", "2", "--fp8-amax-compute-algo", "max")
 CURRENT = ("--fp8-format", "e4m3", "--fp8-recipe", "tensorwise")
-ORDER = 2e-2
+ORDER = 1e-2
 """Relative, of losses and gradient norms in float32 of two layouts: sums in another order differ in the last bit, which
-rounds one 8-bit number in a few thousand to its neighbour, an eighth of its value away."""
-EIGHT_BITS = 2e-2
-"""Relative, of the loss of a few steps: products of numbers with 3 or 4 bits of precision."""
+now and then rounds an 8-bit number to its neighbour, an eighth of its value away. Measured: 1e-3 and 6e-3 at most."""
+EIGHT_BITS = 1e-2
+"""Relative, of the loss of a few steps: products of numbers with 3 or 4 bits of precision. Measured: 2e-3."""
 
 ONE = Layout("1 process", 1)
 DEEP_ONE = Layout("1 process", 1, model=DEEP)
