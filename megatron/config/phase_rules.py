@@ -73,11 +73,17 @@ def parts_of_a_sequence_can_be_shared(
     scheduler_seq_length: tuple[int, ...] | None,
     sequence_parallel: bool,
     tensor_model_parallel_size: int,
-    context_parallel_size: int,
+    ring_parallel_size: int,
+    ulysses_parallel_size: int,
 ) -> str | None:
-    """Ranks that share a sequence have equal parts of it."""
-    share = 2 * context_parallel_size if context_parallel_size > 1 else 1
-    share *= tensor_model_parallel_size if sequence_parallel else 1
+    """Samples are cut into shorter ones where a rank has them whole, and tensor-parallel ranks have equal parts."""
+    ranks = ring_parallel_size * ulysses_parallel_size
+    if scheduler_seq_length is not None and ranks > 1:
+        return (
+            f"--scheduler-seq-length {_words(scheduler_seq_length)}: not with {ranks} ranks that share every sequence; "
+            "leave out --context-parallel-size and --ds-sequence-parallel-size"
+        )
+    share = tensor_model_parallel_size if sequence_parallel else 1
     wrong = [length for length in scheduler_seq_length or () if length % share]
     return (
         f"--scheduler-seq-length {wrong[0]}: must be a multiple of {share}, the parts of a sequence" if wrong else None

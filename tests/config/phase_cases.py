@@ -49,6 +49,12 @@ TABLE = (
         "--scheduler-seq-length 1: must be a multiple of 2",
     ),
     (
+        phase_rules.parts_of_a_sequence_can_be_shared,
+        "--context-parallel-size 2 --scheduler-batch-size 8 16 --batch-sched-samples 0 9 --scheduler-seq-length 16 32",
+        "",
+        "--scheduler-seq-length 16 32: not with 2 ranks that share every sequence",
+    ),
+    (
         phase_rules.parts_count_samples,
         "--scheduler-batch-size 8 16 --batch-sched-samples 0 9",
         "",
