@@ -85,7 +85,7 @@ def _bars(plan: Plan) -> list[tuple[str, Moment]]:
 
 
 def _modes(plan: Plan) -> list[tuple[str, Moment]]:
-    names = {"none": "nothing", "selective": "attention", "mlp": "feed-forward blocks", "full": "all layers"}
+    names = {"none": "nothing", "selective": "attention", "mlp": "feed-forward", "full": "all layers"}
     return [(names[mode], found.peak) for mode, found in plan.by_recompute.items()]
 
 

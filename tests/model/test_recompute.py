@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.model.gpt import ModelInputs
-from megatron.model.recompute import RecomputePlan, Span
+from megatron.model.recompute import RecomputePlan, Span, kept_on_host
 from megatron.mpu.groups import single_process
 from tests.model.helpers import FAMILIES, build, loss_of, tokens_of
 
@@ -74,6 +74,16 @@ def test_parts_of_layers_are_not_kept(of_two_layers: dict[str, int]) -> None:
 
 def test_what_is_on_the_host_is_not_on_the_device(of_two_layers: dict[str, int]) -> None:
     assert of_two_layers["full, inputs on the host"] == of_two_layers["on the host"] == 0
+
+
+def test_weights_and_tables_stay_on_the_device() -> None:
+    weight, table, activation = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(4), torch.ones(2, 4)
+    hooks = kept_on_host([weight], [table, None], pinned=False)
+    for staying in (weight, weight.detach().t(), table[1:]):
+        assert hooks.pack_hook(staying) is staying
+    device, host = hooks.pack_hook(activation)
+    assert (device, host.device.type) == (activation.device, "cpu")
+    assert torch.equal(hooks.unpack_hook((device, host)), activation)
 
 
 def test_spans_of_a_stage() -> None:

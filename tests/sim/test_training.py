@@ -123,6 +123,23 @@ def test_a_step_stays_on_the_device_and_compiles_nothing(device, tmp_path):
         assert sorted(longer.torch_operators() - set(snapshot.read(device)["native"])) == []
 
 
+def test_inputs_of_recomputed_layers_go_to_the_host_and_come_back(tmp_path):
+    """One copy there and one back per layer and micro-batch."""
+    found = []
+    for flags in ((), ("--checkpoint-in-cpu",)):
+        arguments = _arguments(tmp_path, "npu", STEPS, ("--recompute-granularity", "full", *flags))
+        found += run_on_sim("npu", _train_and_count, "npu", arguments, join=False)
+    kept, moved = found
+    layers = 2
+    assert moved.to_host - kept.to_host == STEPS * MICRO_STEPS * layers
+    assert moved.to_device - kept.to_device == STEPS * MICRO_STEPS * layers
+    _check(_losses(tmp_path), _plain())
+
+
+def test_everything_that_layers_keep_can_go_to_the_host(tmp_path):
+    _check(_train(tmp_path, "npu", 1, ("--cpu-offloading-num-layers", "2")), _plain())
+
+
 def _compile(arguments: list[str]) -> Counts:
     from torch_neuronx import _compiler
 

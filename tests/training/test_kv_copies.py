@@ -23,13 +23,14 @@ def _silent(_: str) -> None:
 
 
 @pytest.mark.slow
-def test_training_goes_on_without_and_with_copies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [(), ("--deepspeed", "--zero-stage", "2")], ids=["native", "DeepSpeed"])
+def test_training_goes_on_without_and_with_copies(engine: tuple[str, ...], tmp_path: Path) -> None:
     """TP4 (two ranks per head) -> one process -> TP4, and the weights in between."""
     whole, start = one_process(TWO_HEADS, STEPS[-1]), 0
     for number, (layout, stop) in enumerate(zip((FOUR, ONE, FOUR), STEPS, strict=True)):
         saving = ("--save", str(tmp_path / f"{number}"), "--save-interval", "2")
         loading = ("--load", str(tmp_path / f"{number - 1}"), "--exit-on-missing-checkpoint") if number else ()
-        found = curve(layout, (*saving, *loading), stop)
+        found = curve(layout, (*saving, *loading, *(engine if layout is FOUR else ())), stop)
         assert difference(found.losses, whole.losses[start:stop]) <= FLOAT32_TOLERANCE
         assert difference(found.norms, whole.norms[start:stop]) <= FLOAT32_TOLERANCE
         start = stop

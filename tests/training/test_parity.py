@@ -20,8 +20,8 @@ FURTHER = tuple(
     if ("DP" in layout.name or engine in TELLING) and (layout.name, engine) not in QUICK
 )
 COPIES_OF_HEADS = (
-    *(("TP4 SP, 2 kv heads", engine) for engine in ("native stage 1", "DeepSpeed ZeRO-3")),
-    *(("TP2 SP DP2, 1 kv head", engine) for engine in ("native stage 3", "DeepSpeed ZeRO-0", "DeepSpeed ZeRO-2")),
+    ("TP4 SP, 2 kv heads", "DeepSpeed ZeRO-3"),
+    *(("TP2 SP DP2, 1 kv head", engine) for engine in ("native stage 3", "DeepSpeed ZeRO-2")),
     *(("PP2 TP2 SP, 1 kv head", "DeepSpeed ZeRO-1"), ("PP2 TP2 zero-bubble, 1 kv head", "native stage 1")),
 )
 
