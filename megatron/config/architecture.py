@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.config.experts import Experts
+
 Position = Literal["rope", "learned", "alibi", "none"]
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu", "geglu", "squared_relu", "relu"]
@@ -62,24 +64,48 @@ class Architecture:
     init_method: Literal["normal", "xavier_uniform"] = "normal"
     init_std: float = 0.02
     embedding_init_std: float | None = None  # None = init_std
+    experts: Experts | None = None  # in place of the feed-forward block of some layers
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (numbers begin at 0) has experts in place of the feed-forward block."""
+        return self.experts is not None and layer in self.experts.layers
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return 0 if self.experts is None else len(self.experts.layers)
 
     @property
     def gated(self) -> bool:
         """Whether the feed-forward block has a gate beside its up-projection."""
         return self.activation in ("swiglu", "geglu")
 
-    def num_parameters(self, *, padded: bool = False) -> int:
-        """Number of parameters with `vocab_size` embedding rows, or `padded_vocab_size` of them when `padded`."""
+    def num_parameters(self, *, padded: bool = False, active: bool = False) -> int:
+        """Number of parameters.
+
+        Args:
+            padded: with `padded_vocab_size` embedding rows, not `vocab_size`.
+            active: without the experts that a token does not visit.
+        """
         embedding = (self.padded_vocab_size if padded else self.vocab_size) * self.hidden_size
         total = embedding if self.tied_embeddings else 2 * embedding
         if self.position == "learned":
             total += self.max_positions * self.hidden_size
         if self.embedding_norm:
             total += self._norm_parameters()
-        return total + self.num_layers * self._layer_parameters() + self._norm_parameters()
+        layer = self._attention_parameters() + 2 * self._norm_parameters()
+        dense = (self.num_layers - self.expert_layers) * self._mlp_parameters(self.ffn_hidden_size)
+        experts = self.expert_layers * self._expert_parameters(active=active)
+        return total + self.num_layers * layer + dense + experts + self._norm_parameters()
 
-    def _layer_parameters(self) -> int:
-        return self._attention_parameters() + self._mlp_parameters() + 2 * self._norm_parameters()
+    def _expert_parameters(self, *, active: bool) -> int:
+        """Router, experts and shared block of a layer."""
+        experts = self.experts
+        if experts is None:
+            return 0
+        shared = self._mlp_parameters(experts.shared_ffn_hidden_size) if experts.shared_ffn_hidden_size else 0
+        one = self._mlp_parameters(experts.ffn_hidden_size)
+        return experts.count * self.hidden_size + (experts.topk if active else experts.count) * one + shared
 
     def _norm_parameters(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" else 1)
@@ -96,9 +122,9 @@ class Architecture:
             total += 2 * self.head_dim
         return total
 
-    def _mlp_parameters(self) -> int:
-        inner = self.ffn_hidden_size * (2 if self.gated else 1)
-        total = inner * self.hidden_size + self.hidden_size * self.ffn_hidden_size
+    def _mlp_parameters(self, ffn_hidden_size: int) -> int:
+        inner = ffn_hidden_size * (2 if self.gated else 1)
+        total = inner * self.hidden_size + self.hidden_size * ffn_hidden_size
         if self.linear_bias:
             total += inner + self.hidden_size
         return total

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.config import pipeline
 from megatron.config.architecture import Architecture, Position, RopeScaling
+from megatron.config.experts import experts_of
 from megatron.config.phases import phases
 from megatron.config.presets import PRESETS
 
@@ -31,7 +32,7 @@ def derive(settings: Settings, given: frozenset[str]) -> tuple[dict[str, Any], l
         All settings, and one line for the start-up log per given setting that has no effect here.
     """
     complete = dict(settings)
-    for step in (_layout, _pipeline, _sizes, _activation, _precision, _batch, _length, _small):
+    for step in (_layout, _pipeline, _sizes, _activation, _precision, _batch, _length, _experts, _small):
         complete |= {name: value for name, value in step(complete).items() if value is not None}
     complete["zero_stage_native"] = complete["zero_stage"] if "zero_stage" in given else 0
     if "distributed_backend" not in given:
@@ -158,6 +159,18 @@ def _iterations(samples: int, batch: int | None, s: Settings) -> int | None:
     return count + (samples - consumed) // batch
 
 
+def _experts(s: Settings) -> Changes:
+    """Megatron-LM's capacity factor, of which experts without one take any number of tokens."""
+    changes: Changes = {
+        "expert_tensor_parallel_size": s["expert_tensor_parallel_size"] or s["tensor_model_parallel_size"]
+    }
+    factor = s["moe_expert_capacity_factor"]
+    if factor is None:
+        return changes
+    changes |= {"moe_train_capacity_factor": factor, "moe_eval_capacity_factor": factor}
+    return changes | {"moe_token_dropping": True}
+
+
 def _small(s: Settings) -> Changes:
     """Defaults that depend on one other setting."""
     listed = s["recomputation_layer_num"] is not None
@@ -236,6 +249,7 @@ def architecture(s: Settings, vocab_size: int) -> Architecture:
         init_method="xavier_uniform" if s["init_method_xavier_uniform"] else "normal",
         init_std=s["init_method_std"],
         embedding_init_std=s["embedding_init_method_std"],
+        experts=experts_of(s),
     )
 
 

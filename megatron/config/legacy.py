@@ -86,6 +86,19 @@ RENAMED = (
 )
 
 WITHOUT_EFFECT = (
+    (
+        "tokens always travel to experts and back by an all-to-all, sorted by expert",
+        (
+            ("--moe-token-dispatcher-type", "allgather", "str", ("allgather", "alltoall", "flex")),
+            ("--moe-permute-fusion", False),
+        ),
+    ),
+    (
+        "experts always have parameter groups of their own and are shared among the tensor-parallel ranks",
+        (("--create-moe-param-group", False), ("--enable-expert-tensor-parallelism", False)),
+    ),
+    ("products of all experts are one operation, see --op grouped_matmul", (("--moe-grouped-gemm", False),)),
+    ("routers always compute in float32", (("--moe-router-dtype", None, "str", ("fp32", "fp64")),)),
     ("the number of key-value heads alone decides", (("--group-query-attention", False),)),
     ("the attention softmax is always computed in float32", (("--attention-softmax-in-fp32", False),)),
     (
@@ -193,6 +206,10 @@ WITHOUT_EFFECT = (
 _DECODER_ONLY = "this distribution trains decoder-only language models"
 _NO_SERVING = "this distribution trains models and does not serve them"
 REFUSED = (
+    (
+        "the capacity bins of a run stay as they are; choose them with --moe-capacity-bins",
+        (("--moe-capacity-bins-optimize-interval", 0), ("--moe-capacity-bins-optimize-max-group", 1)),
+    ),
     (
         f"{_DECODER_ONLY}, no encoders",
         (

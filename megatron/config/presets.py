@@ -15,7 +15,7 @@ from typing import Any
 class Preset:
     """One published model."""
 
-    settings: Mapping[str, Any]  # values of the fields of ModelConfig
+    settings: Mapping[str, Any]  # values of the fields of ModelConfig and MoeConfig
     vocab_size: int  # rows of the published embedding
     num_parameters: int | None  # as published; None where no exact number was
     source: str
@@ -80,6 +80,17 @@ def _llama(sizes: dict[str, Any], vocab_size: int, num_parameters: int | None, s
 
 def _llama3(sizes: dict[str, Any], num_parameters: int, source: str, **settings: Any) -> Preset:
     return _llama(sizes, 128256, num_parameters, source, rope_theta=500000, **settings)
+
+
+def _mixtral(sizes: dict[str, Any], experts: int, vocab_size: int, num_parameters: int | None, source: str) -> Preset:
+    settings = {
+        "num_experts": (experts,),
+        "topk": 2,
+        "expert_interval": 1,
+        "moe_token_dropping": False,
+        "moe_top2_2nd_expert_sampling": False,
+    }
+    return _llama(sizes, vocab_size, num_parameters, source, rope_theta=1000000, **settings)
 
 
 def _gpt2(
@@ -154,6 +165,12 @@ PRESETS: Mapping[str, Preset] = {
     "mistral-7b": _llama(
         _sizes(32, 4096, 32, 8, 14336, 32768), 32000, 7241732096, "Mistral 7B (2023), version 0.1", window_size=4096
     ),
+    "mixtral-8x7b": _mixtral(
+        _sizes(32, 4096, 32, 8, 14336, 32768), 8, 32000, 46702792704, "Mixtral of Experts (2024), version 0.1"
+    ),
+    "mixtral-small": _mixtral(
+        _sizes(8, 768, 16, 8, 3072, 32768), 4, 32000, None, "run_mixtral.sh of Intel's Megatron-DeepSpeed"
+    ),
     "bloom-560m": _bloom(24, 1024, 16, 559214592, "model card of bigscience/bloom-560m (2022)"),
     "bloom-1b1": _bloom(24, 1536, 16, 1065314304, "model card of bigscience/bloom-1b1 (2022)"),
     "bloom-1b7": _bloom(24, 2048, 16, 1722408960, "model card of bigscience/bloom-1b7 (2022)"),
@@ -162,6 +179,7 @@ PRESETS: Mapping[str, Preset] = {
     "bloom-13b": _bloom(40, 5120, 32, None, "run_bloom13b.sh of Intel's Megatron-DeepSpeed examples", vocab_size=50257),
     "bloom-176b": _bloom(70, 14336, 112, 176247271424, "BLOOM: A 176B-Parameter Open-Access Language Model (2022)"),
     "llama-tiny": _llama(_sizes(2, 64, 4, 2, 128, 256), 512, None, _TINY),
+    "mixtral-tiny": _mixtral(_sizes(2, 64, 4, 2, 96, 256), 4, 512, None, _TINY),
     "gpt-tiny": Preset(
         settings=_GPT2 | _sizes(2, 64, 4, 4, 256, 256), vocab_size=512, num_parameters=None, source=_TINY
     ),

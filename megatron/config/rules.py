@@ -7,13 +7,24 @@ set of names that were given explicitly.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megatron.config import fp8_rules, model_rules, phase_rules, pipeline_rules, probe_rules, run_rules, sequence_rules
+from megatron.config import (
+    fp8_rules,
+    model_rules,
+    moe_rules,
+    phase_rules,
+    pipeline_rules,
+    probe_rules,
+    run_rules,
+    sequence_rules,
+)
+from megatron.config.moe import MoeConfig
 
 
 class NotYet(NamedTuple):
@@ -24,31 +35,28 @@ class NotYet(NamedTuple):
     feature: str
 
 
-_EXPERTS = "mixtures of experts"
 # To lift a refusal, delete its row.
-NOT_YET: tuple[NotYet, ...] = (
-    NotYet("num_experts", (1,), _EXPERTS),
-    NotYet("mlp_type", "standard", _EXPERTS),
-    NotYet("moe_expert_parallel_size", 1, _EXPERTS),
-    NotYet("enable_expert_tensor_parallelism", False, _EXPERTS),
-)
+NOT_YET: tuple[NotYet, ...] = (NotYet("mlp_type", "standard", "experts that are added to a dense block"),)
 # They belong to experts and say nothing without them; scripts pass them to every model.
-EXPERTS_ONLY = (
-    "topk",
-    "expert_interval",
-    "moe_token_dropping",
-    "moe_train_capacity_factor",
-    "moe_eval_capacity_factor",
-    "moe_min_capacity",
-    "moe_loss_coeff",
-    "create_moe_param_group",
-    "moe_top2_2nd_expert_sampling",
+EXPERTS_ONLY = tuple(
+    field.name
+    for field in dataclasses.fields(MoeConfig)
+    if field.name not in ("num_experts", "mlp_type", "moe_expert_parallel_size")
 )
 
 
 RULES: tuple[Callable[..., str | None], ...] = tuple(
     rule
-    for module in (model_rules, sequence_rules, pipeline_rules, run_rules, phase_rules, fp8_rules, probe_rules)
+    for module in (
+        model_rules,
+        sequence_rules,
+        moe_rules,
+        pipeline_rules,
+        run_rules,
+        phase_rules,
+        fp8_rules,
+        probe_rules,
+    )
     for rule in module.RULES
 )
 

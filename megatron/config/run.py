@@ -33,6 +33,8 @@ RecordReader = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 CHECKPOINT_ARGS = (
     *(field.name for field in dataclasses.fields(ModelConfig) if not field.name.endswith("dropout")),
     *("seq_length", "padded_vocab_size", "vocab_size", "pad_vocab_size", "tokenizer_type", "tokenizer_model"),
+    *("num_experts", "topk", "expert_interval", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_pre_softmax"),
+    *("moe_shared_expert_intermediate_size", "moe_token_dropping", "moe_top2_2nd_expert_sampling"),
 )
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "lr")
 

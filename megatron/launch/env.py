@@ -115,6 +115,7 @@ PLAIN = Family(
         value("PP", "--pipeline-model-parallel-size", "pipeline stages"),
         value("CP", "--context-parallel-size", "ranks that share each sequence"),
         value("DP", "--data-parallel-size", "copies of the model; sets the number of processes"),
+        value("EP", "--moe-expert-parallel-size", "ranks among the copies that share the experts"),
         switch("SEQUENCE_PARALLEL", "--sequence-parallel", "1 shards activations between layers over the TP ranks"),
         words(
             *("DATA_PATH", "--data-path", "prefix of .bin/.idx, or weight and prefix by turns"),

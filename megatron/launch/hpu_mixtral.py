@@ -9,13 +9,9 @@ from megatron.launch.env import Family, Values, Variable, choice, value
 from megatron.launch.hpu_rows import absent, row, truth, whole
 
 _TOKENS_PER_STEP = 2**22
-# The sizes of a layer of Mixtral 8x7B are those of LLaMA 3 8B; it reads longer texts.
-_LARGE = ("--preset", "llama3-8b", "--rotary-base", "1000000", "--max-position-embeddings", "32768")
-_SMALL = (
-    *(*_LARGE[:4], "--num-layers", "8", "--hidden-size", "768", "--ffn-hidden-size", "3072"),
-    *("--num-attention-heads", "16", "--num-key-value-heads", "8"),
-)
-_MODELS: Mapping[str, tuple[str, ...]] = {"8x7b": _LARGE, "small": _SMALL}
+_MODELS: Mapping[str, tuple[str, ...]] = {
+    model: ("--preset", f"mixtral-{model}") for model in ("8x7b", "small")
+}
 _EXPERTS = {"8x7b": "8", "small": "4"}
 _LENGTHS = {"8x7b": "32768", "small": "256"}
 _TAKEN_AWAY = ("HL_LLAMA_VER", "HL_LLAMA_MODEL_SIZE", "HL_CKP_ACT", "HL_NO_PIPELINE_PARALLEL", "HL_UNIV_CP")
@@ -28,7 +24,18 @@ def _experts(text: str, values: Values) -> tuple[str, ...]:
     return ("--num-experts", text, "--topk", "2", "--moe-loss-coeff", "0.02", "--expert-interval", "1")
 
 
-_NO_BINS = "experts take any number of tokens, without bins"
+_BINS, _FITTED = "HL_MOE_NUM_CAPACITY_BINS", "HL_MOE_CAPACITY_BINS_OPTIMIZE"
+
+
+def _of_bins(name: str, flag: str, help: str) -> Variable:
+    """A variable that says more about bins; the script reads it only if there are any."""
+
+    def flags(text: str, values: Values) -> tuple[str, ...]:
+        return (flag, *text.split()) if text and values.get(_BINS, "0") != "0" else ()
+
+    return row(name, flags, (flag,), help, note=f"{_BINS} is 0, or it says nothing")
+
+
 MODEL: tuple[Variable, ...] = (
     choice("HL_MIXTRAL_MODEL", _MODELS, "8x7b or small"),
     row(
@@ -40,12 +47,12 @@ MODEL: tuple[Variable, ...] = (
     value("HL_LR_WARMUP_ITERS", "--lr-warmup-iters", "steps over which the learning rate rises"),
     value("HL_SEQ_LEN", "--seq-length", "tokens per sample"),
     choice("HL_CKP_ACT", hpu_rows.RECOMPUTE, "recompute in the backward pass: 0 nothing, 1 and 4 layers, 2 attention"),
-    absent("HL_MOE_NUM_CAPACITY_BINS", "0", _NO_BINS),
-    absent("HL_MOE_CAPACITY_BINS", "", _NO_BINS),
-    absent("HL_CAPACITY_BINS_EXP_BASE", "1.5", _NO_BINS),
-    absent("HL_MOE_CAPACITY_BINS_ALIGNMENT", "64", _NO_BINS),
-    absent("HL_MOE_CAPACITY_BINS_OPTIMIZE_INTERVAL", "300", _NO_BINS),
-    absent("HL_MOE_CAPACITY_BINS_OPTIMIZE_MAX_GROUP", "4", _NO_BINS),
+    hpu_rows.nonzero(_BINS, "--moe-num-capacity-bins", "numbers that the tokens of experts are rounded up to"),
+    _of_bins("HL_MOE_CAPACITY_BINS", "--moe-capacity-bins", "these numbers: experts,number,number,..."),
+    _of_bins("HL_CAPACITY_BINS_EXP_BASE", "--moe-capacity-bins-exp-base", "how much each of them grows"),
+    _of_bins("HL_MOE_CAPACITY_BINS_ALIGNMENT", "--moe-capacity-bins-alignment", "what they are multiples of"),
+    _of_bins(f"{_FITTED}_INTERVAL", "--moe-capacity-bins-optimize-interval", "only 0: the bins of a run stay"),
+    _of_bins(f"{_FITTED}_MAX_GROUP", "--moe-capacity-bins-optimize-max-group", "layers fitted together"),
     absent("HL_MOE_USE_DATA_BEFORE_EXPERT_PARALLEL", "0", "the layout of the ranks is one and the same for all models"),
     absent("HL_PARTITIONED_MODE", "false", "a pipeline passes on whole activations"),
     truth("HL_VERIFY_CP", (), (), "without effect: every checkpoint is verified", note="every checkpoint is verified"),
@@ -65,6 +72,8 @@ def defaults(chosen: Values) -> Values:
         "HL_MIXTRAL_MODEL": model,
         "HL_MOE_NUM_EXPERTS": _EXPERTS[model],
         "HL_MOE_MIN_CAP": "64",
+        "HL_CAPACITY_BINS_EXP_BASE": "1.5",
+        "HL_MOE_CAPACITY_BINS_ALIGNMENT": "64",
         "HL_SEQ_LEN": _LENGTHS[model],
         "HL_MICRO_BATCH": "1",
         "HL_TRAIN_ITERS": "250000",

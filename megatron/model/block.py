@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron.model.attention import Attention
 from megatron.model.inputs import LayerInputs
 from megatron.model.mlp import MLP
+from megatron.model.moe import MoE
 from megatron.model.norm import Norm
 from megatron.model.recompute import recomputed
 from megatron.model.setting import Setting
@@ -28,7 +29,7 @@ class Block(nn.Module):
         self.attention_norm = Norm(arch.hidden_size, setting, partial_grad=partial_grad)
         self.attention = Attention(layer, setting)
         self.mlp_norm = Norm(arch.hidden_size, setting, partial_grad=partial_grad)
-        self.mlp = MLP(setting)
+        self.mlp = MoE(layer, setting) if arch.has_experts(layer) else MLP(setting)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         """[s, b, h] (or [s/t, b, h] with sequence parallelism) -> the same shape and dtype."""
@@ -37,7 +38,7 @@ class Block(nn.Module):
         hidden = self._add(output, bias, hidden, normed, "attention_output", inputs)
         normed = self.mlp_norm(hidden)
         again = self._setting.recompute.granularity == "mlp" and self.training
-        output, bias = recomputed(self.mlp, normed) if again else self.mlp(normed)
+        output, bias = recomputed(self.mlp, normed, inputs) if again else self.mlp(normed, inputs)
         return self._add(output, bias, hidden, normed, "mlp_output", inputs)
 
     def _add(

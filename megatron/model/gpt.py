@@ -18,6 +18,7 @@ from megatron.model.inputs import LayerInputs, ModelInputs
 from megatron.model.norm import Norm
 from megatron.model.recompute import RecomputePlan, kept_on_host, recomputed
 from megatron.model.rotary import Positions
+from megatron.model.routing import RoutingPlan
 from megatron.model.setting import Setting
 from megatron.mpu.deferred import DeferredGradients, WeightTask
 from megatron.mpu.groups import ProcessGroups
@@ -41,6 +42,7 @@ class GPT(nn.Module):
         last: hold the final norm and the head: the output is logits.
         recompute: activations to recompute in backward, or to keep on the host, in this stage.
         deferred: takes over the gradients of the weights of linear layers, see `mpu.deferred`.
+        routing: how tokens are shared out among experts, where the architecture has them.
         dtype, device: of the parameters, which are uninitialised (see `model.weights.initialise_parameters`).
 
     Raises:
@@ -59,6 +61,7 @@ class GPT(nn.Module):
         last: bool = True,
         recompute: RecomputePlan | None = None,
         deferred: DeferredGradients | None = None,
+        routing: RoutingPlan | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -71,6 +74,7 @@ class GPT(nn.Module):
             sequence_parallel=sequence_parallel,
             recompute=recompute or RecomputePlan(),
             deferred=deferred,
+            routing=routing or RoutingPlan(),
             dtype=dtype,
             device=device,
         )
@@ -132,6 +136,7 @@ class GPT(nn.Module):
             alibi_slopes=self._positions.slopes(hidden.device),
             document_ids=inputs.document_ids,
             dropout_seed=inputs.dropout_seed,
+            auxiliary=inputs.auxiliary,
             cache=inputs.cache,
             positions=None if inputs.cache is None else inputs.position_ids,
         )

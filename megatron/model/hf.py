@@ -46,6 +46,11 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 _SAME = Layout(split=lambda x: (x,), join=lambda parts: parts[0])
+_HALVES = Layout(
+    split=lambda x: tuple(part.contiguous() for part in x.chunk(2, dim=1)), join=lambda parts: torch.cat(parts, dim=1)
+)
+"""Gate and up-projection of experts [E, 2f, h]."""
+_FUSED_EXPERTS = ".mlp.experts.gate_up_proj"
 _TRANSPOSED = Layout(split=lambda x: (_transpose(x),), join=lambda parts: _transpose(parts[0]))
 _TRANSPOSED_THIRDS = Layout(
     split=lambda x: tuple(part.contiguous() for part in _transpose(x).chunk(3)),
@@ -61,8 +66,15 @@ def _per_head_thirds(heads: int) -> Layout:
     )
 
 
-def entries(arch: Architecture) -> list[Entry]:
+def entries(arch: Architecture, *, fused: bool = False) -> list[Entry]:
     """All tensors of the model, in the order of the layers.
+
+    Experts have tensors of their own in files, of which the logical names are those of `stacks` with the number of the
+    expert behind.
+
+    Args:
+        arch: of the model.
+        fused: the names and tensors that experts have in the memory of transformers 5: all of a layer together.
 
     Raises:
         ValueError: if no supported Hugging Face family computes this architecture.
@@ -70,10 +82,53 @@ def entries(arch: Architecture) -> list[Entry]:
     family = family_of(arch)
     if family == "bloom":
         return _bloom(arch)
-    return _gpt2(arch) if family == "gpt2" else _llama(arch, family)
+    return _gpt2(arch) if family == "gpt2" else _llama(arch, family, fused)
 
 
-def _llama(arch: Architecture, family: Family) -> list[Entry]:
+def is_fused(names: Iterable[str]) -> bool:
+    """Whether tensors with these names hold all experts of a layer together, see `entries`."""
+    return any(name.endswith(_FUSED_EXPERTS) for name in names)
+
+
+def stacks(arch: Architecture) -> dict[str, int]:
+    """Logical tensors that hold a tensor for each of several experts, and their number.
+
+    Args:
+        arch: of a model without biases in its experts.
+    """
+    if arch.experts is None:
+        return {}
+    parts = ("gate", "up", "down") if arch.gated else ("up", "down")
+    return {
+        f"layers.{layer}.mlp.experts.{part}.weight": arch.experts.count
+        for layer in arch.experts.layers
+        for part in parts
+    }
+
+
+def _experts(arch: Architecture, layer: int, fused: bool) -> list[Entry]:
+    """Router and experts of a layer of Mixtral."""
+    assert arch.experts is not None
+    theirs, ours = f"model.layers.{layer}", f"layers.{layer}.mlp"
+    gate, up, down = (f"{ours}.experts.{part}.weight" for part in ("gate", "up", "down"))
+    if fused:
+        return [
+            Entry(f"{theirs}.mlp.gate.weight", (f"{ours}.router.weight",), _SAME),
+            Entry(f"{theirs}{_FUSED_EXPERTS}", (gate, up), _HALVES),
+            Entry(f"{theirs}.mlp.experts.down_proj", (down,), _SAME),
+        ]
+    block = f"{theirs}.block_sparse_moe"
+    return [
+        Entry(f"{block}.gate.weight", (f"{ours}.router.weight",), _SAME),
+        *(
+            Entry(f"{block}.experts.{expert}.{name}.weight", (f"{stacked}.{expert}",), _SAME)
+            for name, stacked in (("w1", gate), ("w2", down), ("w3", up))
+            for expert in range(arch.experts.count)
+        ),
+    ]
+
+
+def _llama(arch: Architecture, family: Family, fused: bool) -> list[Entry]:
     names = {
         "input_layernorm.weight": "attention_norm.weight",
         "self_attn.q_proj.weight": "attention.query.weight",
@@ -102,7 +157,10 @@ def _llama(arch: Architecture, family: Family) -> list[Entry]:
         table += [
             Entry(f"model.layers.{layer}.{theirs}", (f"layers.{layer}.{ours}",), _SAME)
             for theirs, ours in names.items()
+            if not (arch.has_experts(layer) and ours.startswith("mlp."))
         ]
+        if arch.has_experts(layer):
+            table += _experts(arch, layer, fused)
     table.append(Entry("model.norm.weight", ("final_norm.weight",), _SAME))
     if not arch.tied_embeddings:
         table.append(Entry("lm_head.weight", ("head.weight",), _SAME))
@@ -170,10 +228,12 @@ def from_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor
     Raises:
         ValueError: if tensors are missing or left over.
     """
-    stored = stored_names(state, arch)
+    stored, fused = stored_names(state, arch), is_fused(state)
     result: dict[str, Tensor] = {}
-    for entry in entries(arch):
+    for entry in entries(arch, fused=fused):
         result.update(zip(entry.ours, entry.layout.split(state[stored[entry.theirs]]), strict=True))
+    for name, count in ({} if fused else stacks(arch)).items():
+        result[name] = torch.stack([result.pop(f"{name}.{number}") for number in range(count)])
     for name in set(_VOCABULARY) & result.keys():
         rows = result[name]
         result[name] = torch.cat((rows, rows.new_zeros(arch.padded_vocab_size - rows.shape[0], rows.shape[1])))
@@ -183,13 +243,15 @@ def from_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor
 def to_hf(state: Mapping[str, Tensor], arch: Architecture) -> dict[str, Tensor]:
     """The state dict of a Hugging Face model from logical tensors; the inverse of `from_hf`.
 
-    A tied head is left out: transformers ties it again when loading.
+    A tied head is left out: transformers ties it again when loading. Experts are as in files, see `entries`.
 
     Raises:
         ValueError: if no supported family computes this architecture.
         KeyError: for a missing tensor.
     """
     real = {name: rows[: arch.vocab_size] if name in _VOCABULARY else rows for name, rows in state.items()}
+    for name in stacks(arch):
+        real.update({f"{name}.{number}": part for number, part in enumerate(real.pop(name))})
     return {entry.theirs: entry.layout.join(tuple(real[name] for name in entry.ours)) for entry in entries(arch)}
 
 
@@ -200,7 +262,7 @@ def stored_names(names: Iterable[str], arch: Architecture) -> dict[str, str]:
         ValueError: if tensors are missing or left over.
     """
     stored = {_full_name(name, arch): name for name in names if not _is_derived(name, arch)}
-    expected = {entry.theirs for entry in entries(arch)}
+    expected = {entry.theirs for entry in entries(arch, fused=is_fused(stored))}
     missing, unknown = sorted(expected - stored.keys()), sorted(stored.keys() - expected)
     if missing or unknown:
         raise ValueError(f"weights do not fit the configuration: missing {missing[:5]}, unknown {unknown[:5]}")

@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from megatron.config.architecture import Activation, Architecture, RopeScaling
+from megatron.config.experts import Experts
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "bloom", "gpt2"]
+Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "bloom", "gpt2"]
 
 _CLASSES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "bloom": "BloomForCausalLM",
@@ -88,6 +90,18 @@ def _from_llama(config: Mapping[str, Any], rows: int) -> Architecture:
         attention_dropout=config.get("attention_dropout") or 0.0,
         sliding_window=_window(config),
         init_std=config.get("initializer_range", 0.02),
+        experts=_experts(config) if family == "mixtral" else None,
+    )
+
+
+def _experts(config: Mapping[str, Any]) -> Experts:
+    """Those of Mixtral: in every layer, and nothing beside them."""
+    _require(config, "router_jitter_noise", (0, 0.0))
+    return Experts(
+        count=config["num_local_experts"],
+        topk=config["num_experts_per_tok"],
+        ffn_hidden_size=config["intermediate_size"],
+        layers=tuple(range(config["num_hidden_layers"])),
     )
 
 
@@ -226,6 +240,8 @@ def _matters(name: str, arch: Architecture) -> bool:
 
 
 def _rotary_family(arch: Architecture) -> Family:
+    if arch.experts is not None:
+        return "mixtral"
     if arch.qk_norm:
         return "qwen3"
     if arch.qkv_bias and not arch.linear_bias:
@@ -274,6 +290,8 @@ def _llama_config(arch: Architecture, family: Family) -> dict[str, Any]:
         config.update(attention_bias=arch.linear_bias, mlp_bias=arch.linear_bias)
     else:
         config["sliding_window"] = arch.sliding_window
+    if arch.experts is not None:
+        config.update(num_local_experts=arch.experts.count, num_experts_per_tok=arch.experts.topk)
     if family in ("qwen2", "qwen3"):
         config.update(use_sliding_window=arch.sliding_window is not None, max_window_layers=0)
     return config

@@ -9,6 +9,7 @@ import torch
 
 from megatron.config.architecture import Architecture
 from megatron.model.recompute import RecomputePlan
+from megatron.model.routing import RoutingPlan
 from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.groups import ProcessGroups
 from megatron.ops import Ops
@@ -25,6 +26,7 @@ class Setting:
         sequence_parallel: hidden states between layers are split along the sequence over the tensor-parallel ranks.
         recompute: activations to recompute in this pipeline stage.
         deferred: takes over the gradients of the weights of linear layers.
+        routing: how tokens are shared out among experts.
         dtype, device: of the parameters.
     """
 
@@ -34,6 +36,7 @@ class Setting:
     sequence_parallel: bool = False
     recompute: RecomputePlan = field(default_factory=RecomputePlan)
     deferred: DeferredGradients | None = None
+    routing: RoutingPlan = field(default_factory=RoutingPlan)
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
 

@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron.config.architecture import Architecture
-from megatron.mpu.groups import ProcessGroups
+from megatron.mpu.expert_parallel import expert_group
+from megatron.mpu.groups import Group, ProcessGroups
 from megatron.mpu.init import Distribution, draw, xavier_uniform
-from megatron.mpu.sharding import is_replicated_kv, local_slice, logical_shape, shard_dim
+from megatron.mpu.sharding import is_expert, is_replicated_kv, local_slice, logical_shape, shard_dim
 
 
 def distribution(name: str, shape: tuple[int, ...], arch: Architecture) -> Distribution:
@@ -24,7 +25,7 @@ def distribution(name: str, shape: tuple[int, ...], arch: Architecture) -> Distr
 
     Args:
         name: logical parameter name.
-        shape: logical shape.
+        shape: logical shape; of one expert where there are several.
         arch: the architecture.
     """
     parts = name.split(".")
@@ -39,7 +40,7 @@ def distribution(name: str, shape: tuple[int, ...], arch: Architecture) -> Distr
         # Padding of the vocabulary depends on the layout, the bound must not.
         is_vocabulary = name in ("embedding.word.weight", "head.weight")
         return xavier_uniform(arch.vocab_size if is_vocabulary else shape[0], shape[1])
-    if name.endswith((".attention.output.weight", ".mlp.down.weight")):
+    if name.endswith((".attention.output.weight", ".down.weight")):
         return Distribution(kind="normal", scale=arch.init_std / math.sqrt(2.0 * arch.num_layers))
     return Distribution(kind="normal", scale=arch.init_std)
 
@@ -53,11 +54,16 @@ def initialise_parameters(model: nn.Module, arch: Architecture, groups: ProcessG
         groups: this process's groups.
         seed: of the run.
     """
-    fill_parameters(
-        model,
-        groups,
-        lambda name, shape, index: draw(name, shape, index, distribution(name, shape, arch), seed=seed),
-    )
+
+    def part(name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+        if not is_expert(name):
+            return draw(name, shape, index, distribution(name, shape, arch), seed=seed)
+        experts, *rest = index
+        kind = distribution(name, shape[1:], arch)
+        numbers = range(experts.start, experts.stop)
+        return torch.stack([draw(f"{name}.{number}", shape[1:], rest, kind, seed=seed) for number in numbers])
+
+    fill_parameters(model, groups, part)
 
 
 def fill_parameters(
@@ -94,11 +100,20 @@ def place_of(
         groups: this process's groups.
     """
     shape = logical_shape(name, local_shape, groups.tp.size, _kv_copies(groups))
+    if is_expert(name):
+        shape = (shape[0] * expert_group(groups).size, *shape[1:])
     return shape, _own_part(name, shape, groups)
 
 
 def _own_part(name: str, shape: tuple[int, ...], groups: ProcessGroups) -> tuple[slice, ...]:
-    return local_slice(name, shape, groups.tp.rank, groups.tp.size, _kv_copies(groups))
+    index = local_slice(name, shape, groups.tp.rank, groups.tp.size, _kv_copies(groups))
+    return _own_experts(shape, index, expert_group(groups)) if is_expert(name) else index
+
+
+def _own_experts(shape: tuple[int, ...], index: tuple[slice, ...], group: Group) -> tuple[slice, ...]:
+    """The index into a tensor of experts narrowed to those of this expert-parallel rank."""
+    own = shape[0] // group.size
+    return (slice(group.rank * own, (group.rank + 1) * own), *index[1:])
 
 
 def _kv_copies(groups: ProcessGroups) -> int:
@@ -106,16 +121,35 @@ def _kv_copies(groups: ProcessGroups) -> int:
 
 
 def _own_rows(parameter: DTensor, index: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Narrow a tensor-parallel part to the rows that FSDP left on this rank (cut like `torch.chunk`)."""
+    """Narrow this rank's part to what FSDP left of it (cut like `torch.chunk`, mostly in rows)."""
     mesh = parameter.device_mesh
-    rows, *rest = index
+    narrowed = list(index)
     for at, placement in enumerate(parameter.placements):
-        if (mesh.mesh_dim_names or ())[at] in ("tp", "kv") or placement.is_replicate():
+        if (mesh.mesh_dim_names or ())[at] in ("tp", "kv", "ep") or placement.is_replicate():
             continue
+        dim: int = getattr(placement, "dim", 0)
+        rows = narrowed[dim]
         size = -(-(rows.stop - rows.start) // mesh.size(at))
         start = min(rows.start + size * mesh.get_local_rank(at), rows.stop)
-        rows = slice(start, min(start + size, rows.stop))
-    return (rows, *rest)
+        narrowed[dim] = slice(start, min(start + size, rows.stop))
+    return tuple(narrowed)
+
+
+def experts_to_dtensors(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Replace the parameters of experts by DTensors that know how they are split; to be called before `to_dtensors`.
+
+    Args:
+        model: its parameters, named logically, are local tensors (also on the meta device).
+        mesh: of `ExpertGroups`.
+    """
+    for prefix, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full_name = f"{prefix}.{name}"
+            if is_expert(full_name):
+                dim = shard_dim(full_name)
+                placements = [Shard(0), Replicate() if dim is None else Shard(dim)]
+                whole = DTensor.from_local(parameter.data, mesh["ep", "tp"], placements, run_check=False)
+                setattr(module, name, nn.Parameter(whole))
 
 
 def to_dtensors(model: nn.Module, mesh: DeviceMesh, kv_mesh: DeviceMesh | None = None) -> None:
@@ -129,6 +163,8 @@ def to_dtensors(model: nn.Module, mesh: DeviceMesh, kv_mesh: DeviceMesh | None =
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                continue
             if parameter not in replaced:
                 full_name = f"{prefix}.{name}" if prefix else name
                 replaced[parameter] = nn.Parameter(_to_dtensor(full_name, parameter.data, mesh["tp"], kv_mesh))

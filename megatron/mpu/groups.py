@@ -31,6 +31,21 @@ class Group:
     handle: dist.ProcessGroup | None
 
 
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Ranks that share experts, see `mpu.expert_parallel`.
+
+    Attributes:
+        ep: the ranks that share the experts of a layer among them.
+        edp_size: number of ranks that hold the same experts, for each tensor-parallel rank.
+        mesh: all ranks as a grid with the dimensions of `expert_parallel.MESH_AXES`; None without torch.distributed.
+    """
+
+    ep: Group
+    edp_size: int
+    mesh: DeviceMesh | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroups:
     """Every group this process belongs to.
@@ -45,6 +60,7 @@ class ProcessGroups:
         ulysses, ring: the two ways in which cp ranks share a sequence, see `mpu.topology`.
         dp_cp: all ranks that hold the same weights: the group over which losses and gradients are summed.
         world: all ranks.
+        experts: groups of the experts where several ranks share them; None where every rank has all.
         kv_copies: tensor-parallel ranks that hold the same key-value heads, where there are more ranks than heads;
             None where every rank has heads of its own.
         kv_mesh: the tensor-parallel ranks as a mesh of ("kv", "kv_copy"), for weights of replicated heads; else None.
@@ -61,6 +77,7 @@ class ProcessGroups:
     ring: Group
     dp_cp: Group
     world: Group
+    experts: ExpertGroups | None = None
     kv_copies: Group | None = None
     kv_mesh: DeviceMesh | None = None
 

@@ -15,8 +15,8 @@ import torch
 
 from megatron.mpu.groups import ProcessGroups
 
-Site = Literal["embedding", "attention", "attention_output", "mlp_output"]
-_SITES: tuple[Site, ...] = ("embedding", "attention", "attention_output", "mlp_output")
+Site = Literal["embedding", "attention", "attention_output", "mlp_output", "router"]
+_SITES: tuple[Site, ...] = ("embedding", "attention", "attention_output", "mlp_output", "router")
 _MASK = (1 << 64) - 1
 
 

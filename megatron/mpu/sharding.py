@@ -25,6 +25,16 @@ _SHARD_DIM = {
     "mlp.up.weight": 0,
     "mlp.up.bias": 0,
     "mlp.down.weight": 1,  # [h, f]
+    "mlp.shared.gate.weight": 0,
+    "mlp.shared.gate.bias": 0,
+    "mlp.shared.up.weight": 0,
+    "mlp.shared.up.bias": 0,
+    "mlp.shared.down.weight": 1,
+    "mlp.experts.gate.weight": 1,  # [E, f, h]: E experts, which are split over the expert-parallel ranks
+    "mlp.experts.gate.bias": 1,  # [E, f]
+    "mlp.experts.up.weight": 1,
+    "mlp.experts.up.bias": 1,
+    "mlp.experts.down.weight": 2,  # [E, h, f]
     "head.weight": 0,  # [v, h]: vocabulary rows
 }
 
@@ -56,6 +66,15 @@ def kv_copies(num_kv_heads: int, tp_size: int) -> int:
 def is_replicated_kv(name: str, copies: int) -> bool:
     """Whether `copies` ranks hold the same part of a parameter that is split: a key or value weight or bias."""
     return copies > 1 and (".attention.key." in name or ".attention.value." in name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter holds all experts of a layer, one behind the other along dimension 0.
+
+    Args:
+        name: logical name.
+    """
+    return ".mlp.experts." in name
 
 
 def local_slice(

@@ -165,6 +165,16 @@ def embedding(weight: Tensor, ids: Tensor) -> None:
     _require(weight.dim() == 2, f"weight must be [v, h], not {tuple(weight.shape)}")
 
 
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> None:
+    """X [m, i] and weight [E, o, i] floating and of one dtype, counts [E] int64."""
+    _floating(x=x, weight=weight)
+    _require(x.dtype == weight.dtype, f"x and weight must have one dtype, not {x.dtype} and {weight.dtype}")
+    _require(x.dim() == 2 and weight.dim() == 3, f"x must be [m, i], weight [E, o, i]: {_shape(x)}, {_shape(weight)}")
+    _require(x.shape[1] == weight.shape[2], f"weight must be [E, o, {x.shape[1]}], not {_shape(weight)}")
+    fits = counts.dtype == torch.int64 and counts.shape == weight.shape[:1]
+    _require(fits, f"counts must be int64 [{weight.shape[0]}], not {counts.dtype} {_shape(counts)}")
+
+
 def squared_relu(x: Tensor) -> None:
     """X [...] floating."""
     _floating(x=x)

@@ -32,6 +32,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.rotary,
     portable.swiglu,
     portable.geglu,
+    portable.grouped_matmul,
     portable.bias_gelu,
     cross_entropy,
     portable.clip_grad_norm,

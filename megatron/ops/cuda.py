@@ -254,6 +254,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.swiglu,
     liger_swiglu,
     portable.geglu,
+    portable.grouped_matmul,
     portable.bias_gelu,
     cross_entropy,
     torch_cross_entropy,

@@ -261,6 +261,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.rotary,
     portable.swiglu,
     portable.geglu,
+    portable.grouped_matmul,
     portable.bias_gelu,
     cross_entropy,
     make_linear,

@@ -213,6 +213,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     swiglu,
     portable.swiglu,
     portable.geglu,
+    portable.grouped_matmul,
     portable.bias_gelu,
     cross_entropy,
     portable.clip_grad_norm,

@@ -232,6 +232,45 @@ class _GeGLU(torch.autograd.Function):
         return grad_gate, F.gelu(gate).mul_(grad)
 
 
+@implements(reference.grouped_matmul, name="loop")
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """One product per group, written to its place in the result; keeps x and weight alone."""
+    result: Tensor = _GroupedMatmul.apply(x, weight, counts)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = counts.tolist()
+        result = x.new_empty(x.shape[0], weight.shape[1])
+        for rows, matrix, out in zip(_split(x, ctx), weight, _split(result, ctx), strict=True):
+            torch.mm(rows, matrix.t(), out=out)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grads = _split(grad, ctx)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for part, matrix, out in zip(grads, weight, _split(grad_x, ctx), strict=True):
+                torch.mm(part, matrix, out=out)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            for part, rows, out in zip(grads, _split(x, ctx), grad_weight, strict=True):
+                torch.mm(part.t(), rows, out=out)
+        return grad_x, grad_weight, None
+
+
+def _split(rows: Tensor, ctx: Any) -> tuple[Tensor, ...]:
+    """The rows of each group."""
+    return torch.split(rows, ctx.sizes)
+
+
 @implements(reference.bias_gelu, name="torch")
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: Literal["none", "tanh"]) -> Tensor:
     """Torch's gelu on x + bias in x's dtype, so that no float32 copy is kept for the backward pass."""

@@ -207,6 +207,22 @@ def embedding(weight: Tensor, ids: Tensor) -> Tensor:
     return F.embedding(ids, weight)
 
 
+def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Products of groups of rows with a matrix for each group: the linear layers of experts (Gale et al. 2022).
+
+    Args:
+        x: [m, i], the rows of the first group, then those of the second, ...
+        weight: [E, o, i], of x's dtype.
+        counts: rows of each group, int64 [E]; together m, any of them may be 0.
+
+    Returns:
+        [m, o] in x's dtype: rows of group e times the transpose of weight[e]; sums are wide.
+    """
+    checks.grouped_matmul(x, weight, counts)
+    groups = zip(torch.split(_wide(x), counts.tolist()), _wide(weight).unbind(), strict=True)
+    return torch.cat([rows @ matrix.t() for rows, matrix in groups]).to(x.dtype)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021). Argument and result [...]."""
     checks.squared_relu(x)

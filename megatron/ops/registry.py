@@ -96,6 +96,7 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor, Tensor], Tensor]
     bias_gelu: Callable[[Tensor, Tensor | None, Literal["none", "tanh"]], Tensor]
+    grouped_matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
     relu: Callable[[Tensor], Tensor]
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float, bool], Tensor]

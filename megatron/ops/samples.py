@@ -243,6 +243,20 @@ def _bias_dropout_add(source: _Source, s: int) -> tuple[Sample, ...]:
     return (Sample(label="", args=(x, bias, residual, 0.0, True), gradients=3),)
 
 
+def _grouped_matmul(source: _Source, s: int) -> tuple[Sample, ...]:
+    weight = source.normal(4, 256, 128)
+    # All rows alike, and groups without any.
+    shares = {"": (s, s, s, s), "uneven": (0, 3 * s, 1, 0)}
+    return tuple(
+        Sample(
+            label=label,
+            args=(source.normal(sum(counts), 128), weight, torch.tensor(counts, device=source.device)),
+            gradients=2,
+        )
+        for label, counts in shares.items()
+    )
+
+
 def _cross_entropy(source: _Source, s: int) -> tuple[Sample, ...]:
     vocabulary = 8192 if s > 256 else 67
     return (Sample(label="", args=(source.normal(s, 2, vocabulary), source.integers(vocabulary, s, 2)), gradients=1),)
@@ -286,6 +300,7 @@ _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingPro
         "swiglu": _gated,
         "geglu": _gated,
         "bias_gelu": _bias_gelu,
+        "grouped_matmul": _grouped_matmul,
         "squared_relu": _activation,
         "relu": _activation,
         "bias_dropout_add": _bias_dropout_add,

@@ -15,7 +15,7 @@ from megatron.config.run import RunConfig
 from megatron.model.eight_bit import use_eight_bit
 from megatron.model.gpt import GPT
 from megatron.model.recompute import recompute_plan
-from megatron.model.weights import initialise_parameters, to_dtensors
+from megatron.model.weights import experts_to_dtensors, initialise_parameters, to_dtensors
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.eight_bit import EightBitScaling, ScalingRecipe
@@ -30,6 +30,7 @@ from megatron.training.deepspeed import (
     host_adamw,
     mark_split_parameters,
 )
+from megatron.training.deepspeed_experts import announce_experts
 from megatron.training.deepspeed_pipeline import DeepSpeedPipelineEngine
 from megatron.training.engine import Engine
 from megatron.training.half import HalfWeights
@@ -40,6 +41,8 @@ from megatron.training.optimizer import parameter_groups
 from megatron.training.pipeline import PipelineSettings
 from megatron.training.pretrained import load_pretrained, open_pretrained, pretrained_kind
 from megatron.training.probes import Probe
+from megatron.training.router_losses import router_losses
+from megatron.training.routing import routing_plan
 from megatron.training.setup import Session
 from megatron.training.tied import logical_parameters, tied_embedding
 
@@ -54,10 +57,13 @@ def build_engine(config: RunConfig, session: Session, arch: Architecture, probes
 def _build_native(config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe]) -> NativeEngine:
     settings, layout, groups = native_settings(config), stage_layout(config), session.groups
     assert groups.mesh is not None
+    plan = routing_plan(config, arch)
     stages: dict[int, GPT] = {}
     scaling = eight_bit_scaling(config, session)
     for number in layout.stages_of(groups.pp.rank):
         model = _model(config, session, arch, torch.device("meta"), layout, number)
+        if groups.experts is not None and groups.experts.mesh is not None:
+            experts_to_dtensors(model, groups.experts.mesh)
         _equip(model, session, scaling, probes)
         to_dtensors(model, groups.mesh, groups.kv_mesh)
         sharded = shard_data_parallel(model, model.layers.values(), groups, settings)
@@ -81,6 +87,7 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture, probe
         accelerator=session.accelerator,
         device=session.device,
         settings=settings,
+        router=None if plan is None else router_losses(arch, plan, groups, session.device),
     )
 
 
@@ -94,6 +101,7 @@ def _build_deepspeed(
     scaling = eight_bit_scaling(config, session)
     _equip(model, session, scaling, probes)
     _initial_weights(model, config, arch, groups)
+    plan = routing_plan(config, arch)
     parts: dict[str, Any] = {
         "parameters": dict(model.named_parameters()),
         "vocab_size": arch.vocab_size,
@@ -104,7 +112,10 @@ def _build_deepspeed(
         "groups": groups,
         "accelerator": session.accelerator,
         "device": session.device,
+        "router": None if plan is None else router_losses(arch, plan, groups, session.device),
     }
+    if groups.experts is not None and arch.experts is not None:
+        announce_experts(model, parts["optimizer"], groups.experts, arch.experts.count)
     if layout.ranks > 1:
         return DeepSpeedPipelineEngine(model, tied=arch.tied_embeddings, **parts)
     mark_split_parameters(model, groups)
@@ -136,6 +147,7 @@ def _model(
         last=stage == layout.last,
         recompute=plan.of_stage(stage),
         deferred=_deferred(config, layout, stage),
+        routing=routing_plan(config, arch),
         device=device,
     )
     if config.device.use_torch_compile:

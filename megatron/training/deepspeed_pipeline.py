@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron.data.batch import Batch
 from megatron.model.gpt import GPT
+from megatron.model.inputs import Auxiliary
 from megatron.mpu.groups import ProcessGroups
 from megatron.training.deepspeed import DeepSpeedEngine, import_deepspeed, mark_split_parameters
 from megatron.training.engine import StepResult, StepSettings
@@ -38,10 +39,11 @@ class _Stage(nn.Module):
         super().__init__()
         self.model = model
         self.waiting: deque[Batch] = deque()
+        self.auxiliary: Auxiliary | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids [b, s] or hidden states -> hidden states or logits, see `GPT.forward`."""
-        return self.model(x, model_inputs(self.waiting.popleft()))
+        return self.model(x, model_inputs(self.waiting.popleft(), self.auxiliary))
 
 
 class _Loss:
@@ -101,6 +103,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self._set_microbatches(len(microbatches))
         scale = self._loss_scale()
         tokens = count_tokens(microbatches, self._groups, self._device)
+        self._stage.auxiliary = self._begin_routing(scale, 1.0)
         # DeepSpeed averages over micro-batches and the ranks with the same weights; the sum is wanted.
         self._loss.weight = len(microbatches) * self._groups.dp_cp.size / tokens
         self.engine.train_batch(self._queue(microbatches))
@@ -112,6 +115,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
             grad_norm=float(self.engine.get_global_grad_norm()),
             skipped=not self.engine.was_step_applied(),
             loss_scale=scale,
+            router=self._routed(self._stage.auxiliary, len(microbatches)),
         )
 
     @torch.no_grad()

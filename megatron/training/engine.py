@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from megatron.checkpoint import Loaded, Saver
 from megatron.data.batch import Batch
+from megatron.training.router_losses import RouterReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class StepResult:
     loss_scale: float = 1.0
     num_zeros: int | None = None
     """Zeros among all gradient elements; None unless asked for."""
+    router: RouterReport | None = None
+    """What the routers did; None without experts."""
 
 
 @dataclass(frozen=True, kw_only=True)

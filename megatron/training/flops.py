@@ -75,18 +75,29 @@ def forward_flops(arch: Architecture, seq_length: int) -> ForwardFlops:
     """Operations of the forward pass of one sequence of `seq_length` tokens.
 
     Keys and values have `num_kv_heads` heads, so grouped-query attention saves in the projections but not in the
-    products inside attention, where every query head works.
+    products inside attention, where every query head works. Of experts those are counted that a token visits.
     """
     query = arch.num_heads * arch.head_dim
     key_and_value = 2 * arch.num_kv_heads * arch.head_dim
     qkv = arch.hidden_size * (query + key_and_value)
     output = query * arch.hidden_size
-    feed_forward = (3 if arch.gated else 2) * arch.hidden_size * arch.ffn_hidden_size
+    weights = arch.num_layers * (qkv + output) + _feed_forward_weights(arch)
     return ForwardFlops(
-        projections=2 * seq_length * arch.num_layers * (qkv + output + feed_forward),
+        projections=2 * seq_length * weights,
         attention=2 * 2 * query * attention_pairs(seq_length, arch.sliding_window) * arch.num_layers,
         head=2 * seq_length * arch.hidden_size * arch.padded_vocab_size,
     )
+
+
+def _feed_forward_weights(arch: Architecture) -> int:
+    """Weights that a token is multiplied with in the feed-forward blocks of all layers, routers included."""
+    per_feature = (3 if arch.gated else 2) * arch.hidden_size
+    dense = (arch.num_layers - arch.expert_layers) * per_feature * arch.ffn_hidden_size
+    if arch.experts is None:
+        return dense
+    experts = arch.experts
+    features = experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+    return dense + arch.expert_layers * (arch.hidden_size * experts.count + per_feature * features)
 
 
 def training_flops(

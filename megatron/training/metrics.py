@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.training.report import Evaluation, ReportError, TrainingReport
+from megatron.training.router_losses import RouterReport
 
 
 def training_record(report: TrainingReport) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def training_record(report: TrainingReport) -> dict[str, Any]:
         "loss_scale": report.interval.loss_scale,
         "grad_norm": report.interval.grad_norm,
         "num_zeros": report.interval.num_zeros,
+        **router_figures(report.interval.router),
         "params_norm": report.params_norm,
         "iterations": report.interval.steps,
         "skipped_iterations": report.interval.skipped,
@@ -40,6 +42,18 @@ def training_record(report: TrainingReport) -> dict[str, Any]:
         "tflops": report.tflops,
         "mfu": report.mfu,
         "hfu": report.hfu,
+    }
+
+
+def router_figures(router: RouterReport | None) -> dict[str, float | None]:
+    """The figures of routers by name; none without experts."""
+    if router is None:
+        return {}
+    return {
+        "moe_loss": router.loss,
+        "load_balancing_loss": router.balance,
+        "z_loss": router.z,
+        "dropped_share": router.dropped,
     }
 
 

@@ -37,6 +37,8 @@ from megatron.training.loss import TokenLoss
 from megatron.training.loss_scale import LossScale
 from megatron.training.optimizer import set_schedules
 from megatron.training.pipeline import Pipeline, PipelineSettings
+from megatron.training.router_losses import RouterLosses, RouterReport
+from megatron.training.shard_experts import placement_over, sharded_modules
 from megatron.training.step import count_tokens
 from megatron.training.tied import TiedEmbedding
 
@@ -68,9 +70,14 @@ def shard_data_parallel(
     if groups.dp_cp.size == 1 and (groups.pp.size == 1 or s.dtype == torch.float32):
         return False
     policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=s.reduce_dtype, cast_forward_inputs=False)
-    mesh = groups.data_parallel_mesh()
-    for module in (*blocks, model):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=s.stage == 3)
+    for module, mesh in sharded_modules(blocks, model, groups):
+        sharded = fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=s.stage == 3,
+            shard_placement_fn=placement_over(mesh.size(1)),
+        )
         # Losses are divided by all tokens, so gradients are summed; and not every device's collectives can average.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -98,8 +105,9 @@ class NativeEngine:
         accelerator: Accelerator,
         device: torch.device,
         settings: NativeSettings,
+        router: RouterLosses | None = None,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self._router = optimizer, router
         self.loss_scale = settings.loss_scale
         self._stages, self._parameters, self._tied, self._half = stages, parameters, tied, half
         self._eight_bit, self._clip_grad_norm = eight_bit, clip_grad_norm
@@ -119,7 +127,7 @@ class NativeEngine:
 
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
         """Forward and backward of the micro-batches, then one step of the optimizer; see `Engine`."""
-        loss = self._accumulate_gradients(microbatches)
+        loss, routed = self._accumulate_gradients(microbatches)
         if self._eight_bit is not None:
             self._eight_bit.after_step()
         copies = self._by_copies(gradients.gradients(self._parameters.values()))
@@ -132,7 +140,9 @@ class NativeEngine:
             self._step_optimizer(settings)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale = scale.after(overflow=overflow)
-        return StepResult(loss=loss, grad_norm=norm, skipped=skipped, loss_scale=scale.value, num_zeros=zeros)
+        return StepResult(
+            loss=loss, grad_norm=norm, skipped=skipped, loss_scale=scale.value, num_zeros=zeros, router=routed
+        )
 
     def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
         """Loss sum and token count over all ranks; see `Engine`."""
@@ -189,14 +199,19 @@ class NativeEngine:
         scaling = {} if self._eight_bit is None else self._eight_bit.tensors()
         return tensors | checkpoint.optimizer_tensors(self.optimizer, named) | scaling
 
-    def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> float:
-        """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss."""
+    def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> tuple[float, RouterReport | None]:
+        """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss.
+
+        To it come the losses of routers, if there are any: their figures are returned, too.
+        """
         tokens = count_tokens(microbatches, self._groups, self._device)
-        weight = self.loss_scale.value / tokens
-        loss_sum = self._pipeline.train(microbatches, weight)
+        scale, router, count = self.loss_scale.value, self._router, len(microbatches)
+        auxiliary = None if router is None else router.begin(scale / (count * self._groups.dp.size))
+        loss_sum = self._pipeline.train(microbatches, scale / tokens, auxiliary)
         if self._tied is not None:
             self._tied.collect_gradient()
-        return (self._groups.sum_over_data(loss_sum) / tokens).item()
+        report = None if router is None or auxiliary is None else router.report(auxiliary, count)
+        return (self._groups.sum_over_data(loss_sum) / tokens).item(), report
 
     def _reshard(self) -> None:
         """Back to the sharded parameters, known to optimizer and checkpoints: a forward alone leaves them gathered."""

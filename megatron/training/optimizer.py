@@ -9,21 +9,24 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from megatron.mpu.sharding import is_expert
 from megatron.training.engine import StepSettings
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Two groups as in Megatron: weights, which decay, and biases and norm weights (one axis), which do not.
+    """Groups as in Megatron: weights, which decay, and biases and norm weights, which do not; those of experts apart.
 
     `wd_mult` is what the scheduled weight decay is multiplied by. DTensors of another mesh (copies of key-value heads)
     are groups of their own, because one fused operation takes those of one mesh.
     """
     decayed: dict[Any, list[nn.Parameter]] = {}
     free: dict[Any, list[nn.Parameter]] = {}
-    for _, parameter in named_parameters:
+    for name, parameter in named_parameters:
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            (decayed if parameter.dim() > 1 else free).setdefault(mesh, []).append(parameter)
+            # The biases of experts have an axis more than others.
+            decays = parameter.dim() > 1 and not name.endswith(".bias")
+            (decayed if decays else free).setdefault((mesh, is_expert(name)), []).append(parameter)
     return [
         *({"params": group, "wd_mult": 1.0} for group in decayed.values()),
         *({"params": group, "wd_mult": 0.0, "weight_decay": 0.0} for group in free.values()),

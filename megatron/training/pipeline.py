@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.data.batch import Batch
 from megatron.model.gpt import GPT
+from megatron.model.inputs import Auxiliary
 from megatron.mpu.collectives import Pending, start_receive, start_send
 from megatron.mpu.deferred import WeightTask
 from megatron.mpu.groups import ProcessGroups
@@ -78,27 +79,31 @@ class Pipeline:
         self.after_backward = after_backward
         self._plans: dict[tuple[int, bool], list[Task | Receive]] = {}
 
-    def train(self, microbatches: Sequence[Batch], weight: Tensor) -> Tensor:
+    def train(self, microbatches: Sequence[Batch], weight: Tensor, auxiliary: Auxiliary | None = None) -> Tensor:
         """Forward and backward of the micro-batches.
 
         Args:
             microbatches: of this data-parallel rank.
             weight: what the losses are multiplied by for the gradients; float32 scalar.
+            auxiliary: what becomes of the losses of routers.
 
         Returns:
             Sum of the losses of their unmasked tokens, in nats: float32 scalar, the same on all pipeline ranks.
         """
-        return self._run(microbatches, weight)
+        return self._run(microbatches, weight, auxiliary)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tensor:
         """Forward of the micro-batches; the same result as `train`."""
         return self._run(microbatches, None)
 
-    def _run(self, microbatches: Sequence[Batch], weight: Tensor | None) -> Tensor:
+    def _run(
+        self, microbatches: Sequence[Batch], weight: Tensor | None, auxiliary: Auxiliary | None = None
+    ) -> Tensor:
         for stage in self.stages.values():
             stage.train(weight is not None)
-        step = _Step(self, [batch.to(self.device, non_blocking=True) for batch in microbatches], weight)
+        batches = [batch.to(self.device, non_blocking=True) for batch in microbatches]
+        step = _Step(self, batches, weight, auxiliary)
         step.run(self._plan(len(microbatches), training=weight is not None))
         return self.groups.sum_over_pipeline(step.loss)
 
@@ -117,10 +122,12 @@ class Pipeline:
 class _Step:
     """The work of one step, and what is on its way between stages."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], weight: Tensor | None) -> None:
+    def __init__(
+        self, pipeline: Pipeline, batches: Sequence[Batch], weight: Tensor | None, auxiliary: Auxiliary | None
+    ) -> None:
         self.loss = torch.zeros((), dtype=torch.float32, device=pipeline.device)
         self._pipeline, self._layout = pipeline, pipeline.settings.layout
-        self._batches, self._weight = batches, weight
+        self._batches, self._weight, self._auxiliary = batches, weight, auxiliary
         self._hidden: dict[Place, Pending] = {}
         """Inputs of stages, which have arrived or will."""
         self._gradients: dict[Place, Pending] = {}
@@ -148,7 +155,7 @@ class _Step:
         x = batch.tokens
         if number > 0:
             x = self._hidden.pop((number, microbatch)).wait().requires_grad_(self._weight is not None)
-        output = stage(x, model_inputs(batch))
+        output = stage(x, model_inputs(batch, self._auxiliary))
         if number == self._layout.last:
             output = lm_loss(output, batch, self._pipeline.token_loss)
             self.loss += output.detach()

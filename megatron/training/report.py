@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from megatron.accelerators.base import MemoryStats
+from megatron.training.router_losses import RouterReport, mean
 
 _MEGABYTE = 1024.0 * 1024.0
 _LARGEST_EXPONENT = 20.0  # Megatron's: the perplexity of a hopeless loss still has a finite value
@@ -82,6 +83,10 @@ class Step(Protocol):
     def num_zeros(self) -> Any:
         """Zeros among the gradient elements, or None."""
 
+    @property
+    def router(self) -> RouterReport | None:
+        """What the routers did; None without experts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -93,6 +98,7 @@ class Interval:
         grad_norm: of the last step.
         loss_scale: of the last step.
         num_zeros: of the last step.
+        router: mean over the steps; None without experts.
         skipped: steps whose update was skipped.
         nans: steps whose loss was not finite.
     """
@@ -102,6 +108,7 @@ class Interval:
     grad_norm: float | None
     loss_scale: float | None
     num_zeros: float | None
+    router: RouterReport | None = None
     skipped: int
     nans: int
 
@@ -117,6 +124,7 @@ def summarise(steps: Sequence[Step]) -> Interval:
         grad_norm=_optional(last.grad_norm),
         loss_scale=_optional(last.loss_scale),
         num_zeros=_optional(last.num_zeros),
+        router=mean(routed) if (routed := [step.router for step in steps if step.router is not None]) else None,
         skipped=sum(step.skipped for step in steps),
         nans=sum(not math.isfinite(loss) for loss in losses),
     )
@@ -178,6 +186,7 @@ def training_line(report: TrainingReport, *, log_throughput: bool = False) -> st
         f"learning rate: {r.learning_rate:.3E}",
         f"global batch size: {r.global_batch_size:5d}",
         _field("lm loss", interval.loss, ".6E"),
+        *_router_fields(interval.router),
         _field("loss scale", interval.loss_scale, ".1f"),
         _field("grad norm", interval.grad_norm, ".3f"),
         _field("num zeros", interval.num_zeros, ".1f"),
@@ -191,6 +200,18 @@ def training_line(report: TrainingReport, *, log_throughput: bool = False) -> st
         _field("HFU", r.hfu if r.hfu != r.mfu else None, ".1%"),
     ]
     return " " + " | ".join(field for field in fields if field) + " |"
+
+
+def _router_fields(router: RouterReport | None) -> list[str]:
+    """Megatron-DeepSpeed's sum of what routers add to the loss, and Megatron-LM's means of a layer."""
+    if router is None:
+        return []
+    return [
+        _field("moe loss", router.loss, ".6E"),
+        _field("load_balancing_loss", router.balance, ".6E"),
+        _field("z_loss", router.z, ".6E"),
+        _field("dropped tokens", router.dropped, ".2%"),
+    ]
 
 
 def _field(name: str, value: float | None, form: str) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron.accelerators import Accelerator, deepspeed_environment, select
 from megatron.config.run import RunConfig
+from megatron.mpu.expert_parallel import with_experts
 from megatron.mpu.groups import ProcessGroups, build_groups
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
@@ -56,6 +57,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         tp=parallel.tensor_model_parallel_size,
         cp=parallel.ring_parallel_size * parallel.ulysses_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
+        ep=config.moe.moe_expert_parallel_size,
         ulysses=parallel.ulysses_parallel_size,
     )
     groups = build_groups(
@@ -64,12 +66,20 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         dp_replicas=_replicas(config, topology),
         kv_copies=parallel.kv_replicator,
     )
+    groups = with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
     printers = Printers.of(dist.get_rank(), dist.get_world_size())
     for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
         printers.rank0(line)
     return Session(
         accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
     )
+
+
+def _expert_copies(config: RunConfig) -> int | None:
+    """Copies of the training state of experts; None = as many as there are ranks with the same experts."""
+    parallel = config.parallel
+    replicated = config.deepspeed.deepspeed or parallel.zero_stage_native == 0
+    return None if replicated else parallel.num_distributed_optimizer_instances
 
 
 def _backend(config: RunConfig, accelerator: Accelerator) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from megatron.data.batch import Batch
 from megatron.model.gpt import ModelInputs
+from megatron.model.inputs import Auxiliary
 from megatron.mpu.groups import ProcessGroups
 from megatron.training.loss import TokenLoss, lm_loss
 
@@ -20,20 +21,24 @@ class MicroStep:
     model: Callable[..., torch.Tensor]
     token_loss: TokenLoss
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch, auxiliary: Auxiliary | None = None) -> torch.Tensor:
         """Sum of the losses of the unmasked tokens, a float32 scalar in nats.
 
         Args:
             batch: on the model's device.
+            auxiliary: what becomes of the losses of routers.
         """
-        logits = self.model(batch.tokens, model_inputs(batch))  # [s, b, v/tp]
+        logits = self.model(batch.tokens, model_inputs(batch, auxiliary))  # [s, b, v/tp]
         return lm_loss(logits, batch, self.token_loss)
 
 
-def model_inputs(batch: Batch) -> ModelInputs:
-    """What the model reads of a batch besides its tokens."""
+def model_inputs(batch: Batch, auxiliary: Auxiliary | None = None) -> ModelInputs:
+    """What the model reads of a batch besides its tokens, and what becomes of the losses of its routers."""
     return ModelInputs(
-        position_ids=batch.position_ids, document_ids=batch.document_ids, dropout_seed=batch.dropout_seed
+        position_ids=batch.position_ids,
+        document_ids=batch.document_ids,
+        dropout_seed=batch.dropout_seed,
+        auxiliary=auxiliary,
     )
 
 

@@ -77,6 +77,10 @@ def step_scalars(
     scalars += _three("learning-rate/learning-rate", learning_rate if curves.learning_rate else None, at)
     scalars += _three("batch-size/batch-size", global_batch_size if curves.batch_size else None, at)
     scalars += _three("lm-loss-training/lm loss", step.loss, at)
+    if step.router is not None:
+        scalars += _three("moe-loss/moe loss", step.router.loss, at)
+        scalars += _three("load_balancing_loss", step.router.balance, at)
+        scalars += _three("z_loss", step.router.z, at)
     scalars += _three("loss-scale/loss-scale", step.loss_scale if curves.loss_scale else None, at)
     scalars += _three("world-size/world-size", world_size if curves.world_size else None, at)
     scalars += _three("grad-norm/grad-norm", step.grad_norm, at)

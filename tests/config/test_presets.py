@@ -35,6 +35,7 @@ PUBLISHED = {
     "llama3.2-1b": 1235814400,
     "llama3.2-3b": 3212749824,
     "mistral-7b": 7241732096,
+    "mixtral-8x7b": 46702792704,
     "bloom-560m": 559214592,
     "bloom-1b1": 1065314304,
     "bloom-1b7": 1722408960,
@@ -56,13 +57,15 @@ def test_number_of_parameters(name):
 
 
 def test_presets_without_a_published_number_are_few():
-    assert set(PRESETS) - set(PUBLISHED) == {"bloom-13b", "llama-tiny", "gpt-tiny", "bloom-tiny", "llama-mini"}
+    tiny = {"llama-tiny", "gpt-tiny", "bloom-tiny", "mixtral-tiny"}
+    assert set(PRESETS) - set(PUBLISHED) == {"bloom-13b", "llama-mini", "mixtral-small"} | tiny
     assert 10e6 < _architecture("llama-mini").num_parameters() < 20e6
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_architecture_alone(name):
     fields = ModelConfig.__dataclass_fields__.keys() - {"preset", "init_method_std", "make_vocab_size_divisible_by"}
+    fields |= {"num_experts", "topk", "expert_interval", "moe_token_dropping", "moe_top2_2nd_expert_sampling"}
     settings = PRESETS[name].settings
     assert settings.keys() <= fields
     assert PRESETS[name].source
@@ -127,6 +130,9 @@ def _model_of_transformers(name: str, arch: Architecture) -> Any:
         if arch.sliding_window is not None:
             config = transformers.MistralConfig(sliding_window=arch.sliding_window, **_llama(arch))
             return transformers.MistralForCausalLM(config)
+        if arch.experts is not None:
+            experts = {"num_local_experts": arch.experts.count, "num_experts_per_tok": arch.experts.topk}
+            return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_llama(arch), **experts))
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_llama(arch)))
 
 

@@ -56,6 +56,7 @@ CASES: Mapping[str, Case] = {
     "hpu_llama31_8b_schedule": Case("hpu/run_llama_seq_sched.sh", 8),
     "hpu_bloom_13b": Case("hpu/run_bloom13b.sh", 8, _GAUDI_BLOOM),
     "hpu_mixtral": Case("hpu/run_mixtral.sh", 8),
+    "gpu_mixtral": Case("gpu/run_mixtral.sh", 8, _OWN),
     "npu_pretrain_7b_zero_8p": Case("npu/pretrain_llama_7B_zero_8p.sh", 8),
     "npu_pretrain_13b_ptd_8p": Case("npu/pretrain_llama_13B_ptd_8p.sh", 8, {"CHECKPOINT": "model_weights"}),
     "npu_pretrain_33b_ptd_32p": Case("npu/pretrain_llama_33B_ptd_32p.sh", 32, _FIRST_OF_FOUR),

@@ -251,7 +251,18 @@ def test_bloom_grows_its_batch_and_can_do_without():
 
 def test_mixtral_with_tensor_parallel_experts_says_so():
     assert "HL_MOE_NUM_EXPERTS=8 with HL_TP=2 needs HL_MOE_ENABLE_EXPERT_TP=1" in _refusal("gaudi-mixtral", HL_TP="2")
-    assert "without bins" in _refusal("gaudi-mixtral", HL_MOE_NUM_CAPACITY_BINS="10")
+
+
+def test_mixtral_has_bins_of_its_own_and_no_fitted_ones():
+    rate = ("--lr", "3e-4")  # which the script gives
+    bins = {"HL_MOE_NUM_CAPACITY_BINS": "3", "HL_MOE_CAPACITY_BINS": "4,9,9 8,100,200,300"}
+    launch = _launch("gaudi-mixtral", rate, **bins)
+    run = resolve(launch.plan(), launch.environ)
+    assert (run.moe.moe_num_capacity_bins, run.moe.moe_capacity_bins) == (3, ("4,9,9", "8,100,200,300"))
+    assert (run.moe.moe_capacity_bins_exp_base, run.moe.moe_capacity_bins_alignment) == (1.5, 64)
+    assert (run.model.preset, run.moe.num_experts, run.moe.moe_expert_parallel_size) == ("mixtral-8x7b", (8,), 8)
+    fitted = {"HL_MOE_NUM_CAPACITY_BINS": "3", "HL_MOE_CAPACITY_BINS_OPTIMIZE_INTERVAL": "300"}
+    assert "the capacity bins of a run stay as they are" in _refusal("gaudi-mixtral", rate, **fitted)
 
 
 def test_no_row_is_dropped_by_the_shared_tables():

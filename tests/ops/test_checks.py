@@ -68,6 +68,8 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("bias_gelu", (_X, None, "sigmoid"), {}, "approximate must be"),
     ("embedding", (_X[0, 0], torch.zeros(3, dtype=torch.int32)), {}, "int64"),
     ("embedding", (_X[0, 0, 0], torch.zeros(3, dtype=torch.int64)), {}, "[v, h]"),
+    ("grouped_matmul", (_X[0], torch.zeros(2, 5, 6), torch.tensor([3.0, 0.0])), {}, r"counts must be int64 \[2\]"),
+    ("grouped_matmul", (_X[0], torch.zeros(2, 6, 5), torch.tensor([3, 0])), {}, r"weight must be \[E, o, 6\]"),
     ("squared_relu", (_X.int(),), {}, "floating"),
     ("relu", (_X.int(),), {}, "floating"),
     ("bias_dropout_add", (_X, None, _X[:2], 0.1, True), {}, "shapes must agree"),

@@ -15,6 +15,7 @@ class Result:
     skipped: bool = False
     loss_scale: Any = 1.0
     num_zeros: Any = None
+    router: Any = None
 
 
 REPORT = TrainingReport(

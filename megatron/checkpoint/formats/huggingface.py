@@ -17,14 +17,23 @@ from torch import Tensor
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.files import write_synced
 from megatron.checkpoint.formats.assets import CONFIG, assets_in, read_json
-from megatron.checkpoint.formats.lazy import LazyTensors, cast_view, dtype_of, join_view, record_of, split_view
+from megatron.checkpoint.formats.lazy import (
+    LazyTensors,
+    cast_view,
+    dtype_of,
+    join_view,
+    record_of,
+    split_view,
+    stack_view,
+    unstack_view,
+)
 from megatron.checkpoint.formats.model import StoredModel, check, unpadded
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, new_folder
 from megatron.checkpoint.formats.safetensors_write import write_safetensors
 from megatron.checkpoint.formats.torch_read import flatten, load_torch
 from megatron.checkpoint.manifest import TensorRecord
 from megatron.config.architecture import Architecture
-from megatron.model.hf import entries, stored_names
+from megatron.model.hf import entries, is_fused, stacks, stored_names
 from megatron.model.hf_config import architecture_from_hf_config, hf_config
 
 _STEMS = ("model.safetensors", "pytorch_model.bin")
@@ -60,7 +69,11 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
     theirs = LazyTensors(
         {full: stored.records[name] for full, name in names.items()}, lambda full: stored.read(names[full])
     )
-    return check(StoredModel(arch=arch, weights=split_view(theirs, entries(arch)), assets=assets), folder)
+    fused = is_fused(names)
+    weights = split_view(theirs, entries(arch, fused=fused))
+    if not fused:
+        weights = stack_view(weights, stacks(arch))
+    return check(StoredModel(arch=arch, weights=weights, assets=assets), folder)
 
 
 def architecture_in(config: Mapping[str, Any], where: Path) -> Architecture:
@@ -159,7 +172,7 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
         table = entries(arch)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    tensors = cast_view(join_view(model.weights, table), options.dtype)
+    tensors = cast_view(join_view(unstack_view(model.weights, stacks(arch)), table), options.dtype)
     with new_folder(folder) as temporary:
         model.assets.copy_to(temporary)
         config = _config(model, arch, next(iter(tensors.records.values())).dtype)

@@ -103,6 +103,49 @@ def join_view(ours: LazyTensors, entries: Iterable[Entry]) -> LazyTensors:
     return LazyTensors(records, read)
 
 
+def stack_view(tensors: LazyTensors, stacks: Mapping[str, int]) -> LazyTensors:
+    """The same tensors, some of them joined along a new first axis.
+
+    Args:
+        tensors: by name.
+        stacks: name -> how many tensors are joined, which are called name.0, name.1, ...
+    """
+    parts = {f"{name}.{number}" for name, count in stacks.items() for number in range(count)}
+    records = {name: record for name, record in tensors.records.items() if name not in parts}
+    for name, count in stacks.items():
+        one = tensors.records[f"{name}.0"]
+        records[name] = replace(one, shape=(count, *one.shape))
+
+    def read(name: str) -> Tensor:
+        if name not in stacks:
+            return tensors.read(name)
+        return torch.stack([tensors.read(f"{name}.{number}") for number in range(stacks[name])])
+
+    return LazyTensors(records, read)
+
+
+def unstack_view(tensors: LazyTensors, stacks: Mapping[str, int]) -> LazyTensors:
+    """The inverse of `stack_view`. The tensor read last is kept, as the next request is for another part of it."""
+    records = {name: record for name, record in tensors.records.items() if name not in stacks}
+    places: dict[str, tuple[str, int]] = {}
+    for name, count in stacks.items():
+        one = replace(tensors.records[name], shape=tensors.records[name].shape[1:])
+        for number in range(count):
+            records[f"{name}.{number}"], places[f"{name}.{number}"] = one, (name, number)
+    latest: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name not in places:
+            return tensors.read(name)
+        stacked, number = places[name]
+        if stacked not in latest:
+            latest.clear()  # so that two tensors are never in memory
+            latest[stacked] = tensors.read(stacked)
+        return latest[stacked][number]
+
+    return LazyTensors(records, read)
+
+
 def cast_view(tensors: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:
     """The same tensors, those of floating point in another dtype; None: unchanged."""
     if dtype is None:

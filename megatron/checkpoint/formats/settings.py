@@ -9,6 +9,7 @@ from typing import Any
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config.architecture import Architecture
 from megatron.config.derive import derive
+from megatron.config.experts import expert_settings
 from megatron.config.parser import defaults
 from megatron.config.record import architecture_of, as_namespace, from_namespace
 
@@ -58,7 +59,7 @@ def settings_of(arch: Architecture) -> dict[str, Any]:
         "fp32_residual_connection": arch.fp32_residual,
         "init_method_std": arch.init_std,
         "init_method_xavier_uniform": arch.init_method == "xavier_uniform",
-    }
+    } | expert_settings(arch.experts, arch.num_layers)
     described = architecture_of(settings, arch.vocab_size)
     if different := differences(arch, described):
         raise CheckpointError(f"the options of this project cannot describe the model: {'; '.join(different)}")
