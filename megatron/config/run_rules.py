@@ -172,10 +172,14 @@ def gradients_have_one_format(bf16: bool, grad_reduce_in_bf16: bool, given: Give
     return None
 
 
-def deepspeed_shards_bfloat16(deepspeed: bool, bf16: bool, zero_stage: int) -> str | None:
-    """At stage 0 DeepSpeed's bfloat16 optimizer takes a step with no gradient before training: Adam counts one more."""
-    if deepspeed and bf16 and zero_stage == 0:
-        return "--zero-stage 0: with --deepspeed and --bf16 it must be 1, 2 or 3; DeepSpeed's stage 0 misguides Adam"
+def deepspeed_shards_16_bits(deepspeed: bool, fp16: bool, bf16: bool, zero_stage: int) -> str | None:
+    """At stage 0 DeepSpeed's 16-bit optimizer takes a step with no gradient before training: Adam counts one more.
+
+    In float16 it also divides gradients by the loss scale that the loss was not multiplied by (DeepSpeed 0.19.8).
+    """
+    if deepspeed and (fp16 or bf16) and zero_stage == 0:
+        kind = "--fp16" if fp16 else "--bf16"
+        return f"--zero-stage 0: with --deepspeed and {kind} it must be 1, 2 or 3; DeepSpeed's stage 0 misguides Adam"
     return None
 
 
@@ -427,7 +431,7 @@ RULES: tuple[Rule, ...] = (
     one_half_precision,
     loss_scale_is_for_float16,
     gradients_have_one_format,
-    deepspeed_shards_bfloat16,
+    deepspeed_shards_16_bits,
     deepspeed_has_its_flag,
     export_needs_checkpoints,
     deepspeed_keeps_to_itself,

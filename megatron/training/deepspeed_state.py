@@ -3,7 +3,6 @@
 | DeepSpeed's optimizer   | float32 weights and moments of a parameter on this rank                            |
 |-------------------------|------------------------------------------------------------------------------------|
 | none (stage 0, float32) | the parameter itself                                                               |
-| FP16_UnfusedOptimizer   | a float32 copy of it                                                               |
 | ZeRO 1 and 2, BF16      | elements of a flat tensor for each group of parameters (`parameter._hp_mapping`)   |
 | ZeRO 3                  | elements of a flat tensor for each sub-group (`grad_position`), padded at their end |
 
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.checkpoint import CheckpointError, CheckpointMismatch, Parts, Place, Stored, make_state
 from megatron.checkpoint.ranks import Ranks
@@ -64,25 +63,19 @@ class Layout(Protocol):
 
 
 class _Whole:
-    """Every parameter is stepped by itself.
+    """Every parameter is stepped by itself."""
 
-    Args:
-        inner: the optimizer.
-        masters: parameter -> its float32 copy, which is stepped in its place.
-    """
-
-    def __init__(self, inner: torch.optim.Optimizer, masters: Mapping[nn.Parameter, Tensor]) -> None:
-        self.inner, self._masters = inner, masters
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner = optimizer
 
     def find(self, parameter: Any) -> Range | None:
-        return Range(self._masters.get(parameter, parameter), 0, parameter.numel(), 0)
+        return Range(parameter, 0, parameter.numel(), 0)
 
     def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def refresh(self) -> None:
-        for parameter, master in self._masters.items():
-            parameter.copy_(master)
+        pass
 
 
 class _FlatGroups:
@@ -139,7 +132,6 @@ def layout_of(optimizer: Any) -> Layout:
         CheckpointError: in a way that is not known here.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -154,12 +146,8 @@ def layout_of(optimizer: Any) -> Layout:
         return _FlatGroups(optimizer, optimizer.single_partition_of_fp32_groups)
     if isinstance(optimizer, BF16_Optimizer):
         return _FlatGroups(optimizer, optimizer.fp32_groups_flat_partition)
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        pairs = [pair for halves, masters in groups for pair in zip(halves, masters, strict=True)]
-        return _Whole(optimizer.optimizer, dict(pairs))
     if isinstance(optimizer, torch.optim.Optimizer):
-        return _Whole(optimizer, {})
+        return _Whole(optimizer)
     raise CheckpointError(f"DeepSpeed trains with its {type(optimizer).__name__}, whose state a checkpoint cannot hold")
 
 
@@ -236,21 +224,3 @@ class DeepSpeedState:
                     state[entry].fill_(number)
                 else:
                     state[entry] = type(state[entry])(number)
-
-
-def forget_first_step(optimizer: Any) -> None:
-    """Undo the step without gradients that DeepSpeed's 16-bit optimizer of stage 0 takes before training.
-
-    Adam would otherwise count one step more than it has taken, and weights would have decayed once more.
-
-    Args:
-        optimizer: what `deepspeed.initialize` returned; others take no such step.
-    """
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-
-    if not isinstance(optimizer, FP16_UnfusedOptimizer):
-        return
-    optimizer.refresh_fp32_params()
-    for state in optimizer.optimizer.state.values():
-        for entry, value in state.items():
-            state[entry] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
