@@ -104,6 +104,15 @@ def test_slurm_allocation_is_used(script):
     assert "n1:29500" in plan.command and "77" in plan.command
 
 
+def test_check_starts_another_program_that_gets_the_folders(script, hostfile):
+    argv = ["--check", "--save", "x", "--data-cache-path", "y", "--lr", "1"]
+    plan = _plan(argv, {"SCRIPT": script, "HOSTFILE": hostfile}, own_names=("n2",))
+    command = " ".join(plan.command)
+    assert plan.check and plan.world_size == 8 and script not in command and "--lr" not in command
+    assert command.endswith("tools/preflight.py --device cpu --timeout 60 --folder x --folder y")
+    assert "--rdzv-conf timeout=60,join_timeout=60 -- " in command
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
