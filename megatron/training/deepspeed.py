@@ -18,16 +18,19 @@ from megatron import checkpoint
 from megatron.accelerators.base import Accelerator
 from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
+from megatron.model.inputs import Auxiliary
 from megatron.model.weights import place_of
 from megatron.mpu.eight_bit import EightBitScaling
+from megatron.mpu.expert_parallel import expert_group
 from megatron.mpu.groups import ProcessGroups
-from megatron.mpu.sharding import is_replicated_kv, shard_dim
+from megatron.mpu.sharding import is_expert, is_replicated_kv, shard_dim
 from megatron.training import gradients
 from megatron.training.deepspeed_scale import read_scale, write_scale
 from megatron.training.deepspeed_state import DeepSpeedState
 from megatron.training.engine import LoadSource, SaveTarget, StepResult, StepSettings
 from megatron.training.loss import TokenLoss
 from megatron.training.optimizer import set_schedules
+from megatron.training.router_losses import RouterLosses, RouterReport
 from megatron.training.setup import SetupError
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
 
@@ -123,6 +126,8 @@ def mark_split_parameters(model: nn.Module, groups: ProcessGroups) -> None:
         holders = ranks if split else ranks * groups.tp.size
         if copies is not None and is_replicated_kv(name, copies.size):
             split, holders = copies.rank == 0, ranks * copies.size
+        if is_expert(name):
+            holders //= expert_group(groups).size
         parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
         parameter.holders = holders  # type: ignore[attr-defined]
 
@@ -155,6 +160,7 @@ class DeepSpeedEngine:
         groups: ProcessGroups,
         accelerator: Accelerator,
         device: torch.device,
+        router: RouterLosses | None = None,
         vocab_size: int,
         eight_bit: EightBitScaling | None,
     ) -> None:
@@ -176,7 +182,7 @@ class DeepSpeedEngine:
         self._micro_step = MicroStep(self.engine, token_loss)
         self._groups = groups
         self._accelerator = accelerator
-        self._device = device
+        self._device, self._router = device, router
         self._vocab_size = vocab_size
         self._eight_bit = eight_bit
 
@@ -188,10 +194,11 @@ class DeepSpeedEngine:
         scale = self._loss_scale()
         tokens = count_tokens(microbatches, self._groups, self._device)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        auxiliary = self._begin_routing(scale, 1 / len(microbatches))
         norm: float | None = None
         dropped = False
         for batch in microbatches:
-            loss = self._micro_step(batch.to(self._device))
+            loss = self._micro_step(batch.to(self._device), auxiliary)
             # DeepSpeed averages over the ranks with the same weights; the sum is wanted.
             self.engine.backward(loss * (self._groups.dp_cp.size / tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
@@ -212,7 +219,22 @@ class DeepSpeedEngine:
             grad_norm=norm,
             skipped=dropped or not self.engine.was_step_applied(),
             loss_scale=scale,
+            router=self._routed(auxiliary, len(microbatches)),
         )
+
+    def _begin_routing(self, scale: float, share: float) -> Auxiliary | None:
+        """What becomes of the losses of routers in a step; None without experts.
+
+        Args:
+            scale: of the losses; DeepSpeed multiplies those that it is given by it.
+            share: of a micro-batch in what DeepSpeed, which averages over ranks, makes of the gradients.
+        """
+        return None if self._router is None else self._router.begin(scale * share * self._groups.cp.size)
+
+    def _routed(self, auxiliary: Auxiliary | None, microbatches: int) -> RouterReport | None:
+        if self._router is None or auxiliary is None:
+            return None
+        return self._router.report(auxiliary, microbatches)
 
     def eval_step(self, microbatches: Sequence[Batch]) -> tuple[float, float]:
         """Loss sum and token count over all ranks; see `Engine`."""

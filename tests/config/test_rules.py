@@ -9,6 +9,7 @@ import pytest
 from megatron.config import (
     fp8_rules,
     model_rules,
+    moe_rules,
     phase_rules,
     pipeline_rules,
     probe_rules,
@@ -17,7 +18,7 @@ from megatron.config import (
     sequence_rules,
 )
 from megatron.config.parser import ConfigError, defaults
-from tests.config import phase_cases
+from tests.config import moe_cases, phase_cases
 from tests.config.commands import config
 
 M, P, R, S = model_rules, pipeline_rules, run_rules, sequence_rules
@@ -324,8 +325,7 @@ TABLE = [
         "",
         "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32: one of them",
     ),
-    (R.deepspeed_shards_16_bits, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: --bf16 1, 2 or 3"),
-    (R.deepspeed_shards_16_bits, "--deepspeed --fp16 --zero-stage 0", "", "--zero-stage 0: --fp16 1, 2 or 3"),
+    (R.deepspeed_shards_bfloat16, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: 1, 2 or 3"),
     (R.export_needs_checkpoints, "--save-hf out", "", "--save-hf out: --save"),
     (R.export_needs_checkpoints, "--save-hf out --save ckpt --skip-train", "", "--save-hf out: --skip-train"),
     (
@@ -459,6 +459,7 @@ TABLE = [
     (R.wandb_runs_have_names, "--wandb-project p", "", "--wandb-project p: --wandb-exp-name"),
     (R.wandb_runs_have_names, "--wandb-exp-name e", "", "--wandb-exp-name: --wandb-project"),
     *phase_cases.TABLE,
+    *moe_cases.TABLE,
     (R.operations_are_named, "--op attention", "", "--op attention: operation=implementation"),
     (F.eight_bits_have_a_format, "--fp8-margin 1", "", "--fp8-margin: only with --fp8-format"),
     (
@@ -541,7 +542,8 @@ def test_every_rule_is_in_the_table():
 
 
 def test_rules_of_a_module_are_all_run():
-    for module in (model_rules, pipeline_rules, run_rules, phase_rules, sequence_rules, fp8_rules, probe_rules):
+    modules = (model_rules, moe_rules, pipeline_rules, run_rules, phase_rules, sequence_rules, fp8_rules, probe_rules)
+    for module in modules:
         public = {
             value
             for name, value in vars(module).items()
@@ -557,10 +559,7 @@ def test_rules_name_settings():
 
 
 NOT_YET_FLAGS = {
-    "num_experts": "--num-experts 8",
     "mlp_type": "--mlp-type residual",
-    "moe_expert_parallel_size": "--moe-expert-parallel-size 2",
-    "enable_expert_tensor_parallelism": "--enable-expert-tensor-parallelism",
 }
 
 
@@ -576,13 +575,13 @@ def test_all_mistakes_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         config(
             *("--hidden-size", "63", "--min-lr", "1", "--fp16", "--bf16", "--num-lyers", "3", "--kd", "--seed", "-1"),
-            *("--save", "x", "--num-experts", "2", "--batch-size", "1", "--optimizer", "best"),
+            *("--save", "x", "--mlp-type", "residual", "--batch-size", "1", "--optimizer", "best"),
             without=("--micro-batch-size", "--mock-data"),
         )
     text = str(caught.value)
     for words in (
         *("--hidden-size 63", "--min-lr 1.0", "--fp16 and --bf16", "--num-lyers: no such flag", "--kd: ", "--seed -1"),
-        *("--save x", "--num-experts 2", "--batch-size 1: has a new name", "--optimizer best", "--micro-batch-size is"),
+        *("--save x", "--mlp-type", "--batch-size 1: has a new name", "--optimizer best", "--micro-batch-size is"),
         "no training data",
     ):
         assert words in text, words
