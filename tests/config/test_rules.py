@@ -325,7 +325,8 @@ TABLE = [
         "",
         "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32: one of them",
     ),
-    (R.deepspeed_shards_bfloat16, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: 1, 2 or 3"),
+    (R.deepspeed_shards_16_bits, "--deepspeed --bf16 --zero-stage 0", "", "--zero-stage 0: --bf16 1, 2 or 3"),
+    (R.deepspeed_shards_16_bits, "--deepspeed --fp16 --zero-stage 0", "", "--zero-stage 0: --fp16 1, 2 or 3"),
     (R.export_needs_checkpoints, "--save-hf out", "", "--save-hf out: --save"),
     (R.export_needs_checkpoints, "--save-hf out --save ckpt --skip-train", "", "--save-hf out: --skip-train"),
     (
