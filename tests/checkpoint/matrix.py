@@ -46,6 +46,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "LLaMA 3.1 (grouped queries)": ("Llama", {**_LLAMA, "rope_theta": 500.0}),
     "LLaMA 33B (8 of 8 heads)": ("Llama", {**_LLAMA, "num_key_value_heads": 8}),
     "Mistral (window)": ("Mistral", {**_LLAMA, "num_key_value_heads": 2, "sliding_window": 6}),
+    "Mixtral (4 experts)": ("Mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "BLOOM": ("Bloom", _BLOOM),
     "GPT-2": ("GPT2", _GPT2),
 }

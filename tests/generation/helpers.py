@@ -15,7 +15,10 @@ from megatron.model.gpt import GPT
 from megatron.model.hf_config import architecture_from_hf_config
 from megatron.mpu.groups import ProcessGroups, single_process
 from megatron.ops import reference_ops
-from tests.model.test_hf import CASES, _random_model
+from tests.model import test_hf
+
+_MIXTRAL = {**test_hf._LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+CASES = {**test_hf.CASES, "mixtral": ("Mixtral", _MIXTRAL)}
 
 PROMPTS = ((5, 17, 42, 8, 61, 30, 30, 2, 9), (11,), (3, 14, 15, 9, 26), (70, 71, 72, 73, 74, 75, 76))
 """Of different lengths; the tokens are below 83."""
@@ -25,7 +28,7 @@ GREEDY = Sampling(temperature=0.0)
 
 def their_model(case: str) -> Any:
     """A random model of transformers."""
-    return _random_model(*CASES[case]).eval()
+    return test_hf._random_model(*CASES[case]).eval()
 
 
 def reader_of(theirs: Any, groups: ProcessGroups | None = None) -> Reader:

@@ -21,7 +21,10 @@ from tests.generation.helpers import (
 )
 from tests.model.helpers import relative_error
 
-FAMILIES = ("llama-gqa", "llama-3.1", "llama-interpolated", "mistral", "qwen3", "bloom", "bloom-6-heads", "gpt2")
+FAMILIES = (
+    *("llama-gqa", "llama-3.1", "llama-interpolated", "mistral", "mixtral", "qwen3"),
+    *("bloom", "bloom-6-heads", "gpt2"),
+)
 ENDS = frozenset({2, 7, 19, 23, 40, 55, 66, 81})
 """So many that random models end some texts early."""
 
@@ -39,7 +42,7 @@ def test_greedy_equals_hugging_face(case: str) -> None:
         assert result.reason == ("length" if len(expected) == 20 else "eos")
 
 
-@pytest.mark.parametrize("case", ["llama-gqa", "mistral", "bloom", "gpt2"])
+@pytest.mark.parametrize("case", ["llama-gqa", "mistral", "mixtral", "bloom", "gpt2"])
 def test_logits_equal_those_without_a_cache(case: str) -> None:
     reader = reader_of(their_model(case))
     watched = Watched(PROMPTS, length=15)
@@ -51,7 +54,7 @@ def test_logits_equal_those_without_a_cache(case: str) -> None:
         assert relative_error(torch.stack([step[number] for step in watched.logits]), expected) < LOGITS_TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["llama-gqa", "mistral", "bloom", "gpt2"])
+@pytest.mark.parametrize("case", ["llama-gqa", "mistral", "mixtral", "bloom", "gpt2"])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0])
 def test_beam_search_equals_hugging_face(case: str, length_penalty: float) -> None:
     theirs = their_model(case)

@@ -3,6 +3,7 @@
     latest                                        "global_step100"
     global_step100/
       layer_LL-model_TT-model_states.pt           pipeline module LL, tensor-parallel rank TT
+    layer_M_expert_E_mp_rank_XX_model_states.pt expert E of the M-th layer with experts
       mp_rank_XX_model_states.pt                  arguments and counters; without pipeline parallelism all weights
       *zero_pp_rank_D_mp_rank_XX_optim_states.pt  optimizer state of data-parallel rank D, see `zero`
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from megatron.checkpoint.formats.zero import WEIGHTS, open_zero, zero_files
 _LATEST = "latest"
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r".*\.layers\.(\d+)\..*\.deepspeed_experts\.(\d+)\..*")
 _MODULE = re.compile(r"(\d+|tied_modules\.embed)\.(.+)")
 # Of the oldest DeepSpeed that this project works with: loading refuses files that name no version.
 _VERSION = "0.18.9"
@@ -70,7 +73,10 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
     assets = assets_beside(path.parent, record)
     arch = described_architecture(options, assets, record, path)
     pipeline = _pipeline(path)
-    ranks = _ranks(pipeline, states)
+    ranks = _ranks(pipeline, states, path)
+    if arch.experts is not None and options.optimizer and any(path.glob("*optim_states.pt")):
+        options.log(f"WARNING: {path}: the optimizer's state of a model with experts is not read")
+        options = replace(options, optimizer=False)
     stage_3 = files[0].name.startswith("zero")
     optimizer, steps = _optimizer(path, pipeline, states, len(ranks)) if options.optimizer or stage_3 else ({}, None)
     if stage_3 and not optimizer:
@@ -178,11 +184,15 @@ def _prefix(tensors: Mapping[str, Tensor], layers: int, file: Path) -> str:
     raise CheckpointMismatch(f"{file}: no module of Megatron has the tensors {', '.join(sorted(tensors)[:4])}")
 
 
-def _ranks(pipeline: _Pipeline, states: Sequence[Mapping[str, Any]]) -> list[LazyTensors]:
+def _ranks(pipeline: _Pipeline, states: Sequence[Mapping[str, Any]], path: Path) -> list[LazyTensors]:
     """The weights of each tensor-parallel rank."""
     if pipeline.ranks:
         return [in_memory(tensors) for tensors in pipeline.ranks]
-    return [in_memory(flatten(state.get("module"))) for state in states]
+    ranks = [flatten(state.get("module")) for state in states]
+    for child in sorted(path.iterdir()):
+        if match := _EXPERT_FILE.fullmatch(child.name):
+            ranks[int(match[3])].update(flatten(load_torch(child)))
+    return [in_memory(tensors) for tensors in ranks]
 
 
 def _optimizer(
@@ -216,12 +226,13 @@ def _union(stages: Sequence[LazyTensors], pipeline: _Pipeline) -> LazyTensors:
 def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     """Write weights, arguments and counters for `options.tp` ranks and `options.pp` stages.
 
-    The dialect "pipeline" makes files of pipeline modules; any other makes those of a model without them.
+    The dialect "pipeline" makes files of pipeline modules; any other makes those of a model without them, as every
+    model with experts is.
 
     Raises:
         CheckpointError: the model cannot be divided so, or `folder` is there already.
     """
-    dialect = options.dialect or PIPELINE
+    dialect = options.dialect or (PIPELINE if model.arch.experts is None else "megatron")
     whole = to_dialect(model, dialect, options)
     even_stages(model.arch.num_layers, options.pp)
     if not dialect.startswith(PIPELINE) and options.pp > 1:
@@ -240,9 +251,7 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
                 with TorchFile(temporary / tag / f"mp_rank_{rank:02d}_model_states.pt", {"module": None, **state}):
                     pass
         else:
-            paths = [temporary / tag / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(options.tp)]
-            slots = stage_slots(whole, range(model.arch.num_layers), copy_embedding=False)
-            write_stage(paths, whole, slots, lambda tree: {"module": tree, **state})
+            _write_modules_as_one(temporary / tag, whole, state, options)
         if model.assets.files:
             model.assets.copy_to(temporary / FOLDER)
         write_synced(temporary / TRACKER, str(model.iteration).encode())
@@ -276,3 +285,20 @@ def _write_modules(path: Path, whole: Megatron, options: WriteOptions) -> None:
     for number, slots in modules.items():
         paths = [path / f"layer_{number:02d}-model_{rank:02d}-model_states.pt" for rank in range(options.tp)]
         write_stage(paths, whole, slots, dict)
+
+
+def _write_modules_as_one(path: Path, whole: Megatron, state: Mapping[str, Any], options: WriteOptions) -> None:
+    """One file per tensor-parallel rank, and one per expert and rank."""
+    own: dict[str, str] = {}
+    experts: dict[tuple[int, int], dict[str, str]] = {}
+    for slot, name in stage_slots(whole, range(whole.num_layers), copy_embedding=False).items():
+        match = _EXPERT.fullmatch(name)
+        (own if match is None else experts.setdefault((int(match[1]), int(match[2])), {}))[slot] = name
+    paths = [path / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(options.tp)]
+    write_stage(paths, whole, own, lambda tree: {"module": tree, **state})
+    flat = replace(whole, dialect=replace(whole.dialect, nested=()))
+    order = sorted({layer for layer, _ in experts})
+    for (layer, expert), slots in experts.items():
+        stem = f"layer_{order.index(layer)}_expert_{expert}_mp_rank_"
+        paths = [path / f"{stem}{rank:02d}_model_states.pt" for rank in range(options.tp)]
+        write_stage(paths, flat, slots, dict)

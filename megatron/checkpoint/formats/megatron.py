@@ -183,7 +183,7 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     Raises:
         CheckpointError: the model cannot be divided so, or `folder` is there already.
     """
-    dialect = options.dialect or "megatron"
+    dialect = options.dialect or ("core" if model.arch.experts else "megatron")
     whole = to_dialect(model, dialect, options)
     if model.arch.num_kv_heads % options.tp and not dialect.startswith("core"):
         options.log(
@@ -243,8 +243,7 @@ def stage_slots(whole: Megatron, layers: range, *, copy_embedding: bool) -> dict
         layers: of the stage.
         copy_embedding: the last stage has a copy of the embedding, if it is the head too.
     """
-    numbers = [piece.place for piece in whole.table if isinstance(piece.place, int)]
-    first, last = layers.start == 0, layers.stop == max(numbers) + 1
+    first, last = layers.start == 0, layers.stop == whole.num_layers
     slots: dict[str, str] = {}
     for piece in whole.table:
         full = piece.full_name(whole.dialect)

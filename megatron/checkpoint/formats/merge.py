@@ -10,7 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from megatron.checkpoint.formats.lazy import LazyTensors, cast_view, join_view, rows_view, split_view
+from megatron.checkpoint.formats.lazy import (
+    LazyTensors,
+    cast_view,
+    join_view,
+    rows_view,
+    split_view,
+    stack_view,
+    unstack_view,
+)
 from megatron.checkpoint.formats.model import StoredModel, unpadded
 from megatron.checkpoint.formats.names import THIRDS, Dialect, Piece, dialects, frequency_pieces, per_head_last, pieces
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions
@@ -49,7 +57,8 @@ def logical_weights(
     table = [_older(piece, arch, known) for piece in table]
     whole = _joined_view(ranks, table, dialect, average=options.average_replicas)
     rows = {piece.full_name(dialect): arch.vocab_size for piece in table if piece.has_vocabulary_rows}
-    return split_view(rows_view(whole, rows), [piece.entry(dialect) for piece in table])
+    single = split_view(rows_view(whole, rows), [piece.entry(dialect) for piece in table])
+    return stack_view(single, dialect.stacks(arch))
 
 
 def _dialect_of(names: Collection[str], arch: Architecture, where: Path) -> tuple[Dialect, list[Piece]]:
@@ -121,6 +130,11 @@ class Megatron:
     tensors: LazyTensors
     padded_vocab_size: int
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return 1 + max(piece.place for piece in self.table if isinstance(piece.place, int))
+
     def splits(self) -> dict[str, Split | None]:
         """How each tensor is cut, by full name."""
         return {piece.full_name(self.dialect): piece.split for piece in self.table}
@@ -147,7 +161,7 @@ def to_dialect(model: StoredModel, name: str, options: WriteOptions, weights: La
     table = [*pieces(arch, dialect), *frequency_pieces(arch, dialect)]
     ours = cast_view(model.weights, options.dtype) if weights is None else weights
     rows = options.padded(arch.vocab_size)
-    whole = join_view(ours, [piece.entry(dialect) for piece in table])
+    whole = join_view(unstack_view(ours, dialect.stacks(arch)), [piece.entry(dialect) for piece in table])
     padding = {piece.full_name(dialect): rows for piece in table if piece.has_vocabulary_rows}
     return Megatron(dialect=dialect, table=table, tensors=rows_view(whole, padding), padded_vocab_size=rows)
 

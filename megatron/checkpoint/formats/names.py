@@ -4,14 +4,14 @@ Queries, keys and values are one tensor, stored per key-value group [q ... q, k,
 so that any number of ranks that divides the groups gets whole groups by cutting it in equal parts. In version 0 a rank
 has all its queries, then all its keys, then all its values; so has Megatron-DeepSpeed since December 2024, whose files
 say 3.0. In version 1.0 the three alternate row by row. Gate and up-projection are one tensor in most dialects, of
-which each rank has [gate; up].
+which each rank has [gate; up]. Experts are tensors of their own, but in torch_dist, where those of a layer are one.
 Legend: h=hidden, n=query heads, g=kv heads, d=head dim, f=ffn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -21,15 +21,17 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.model import VOCABULARY, parameter_shapes, unpadded
 from megatron.checkpoint.formats.parts import Split
 from megatron.config.architecture import Architecture
-from megatron.model.hf import Entry, Layout
+from megatron.model.hf import Entry, Layout, stacks
 from megatron.mpu.sharding import shard_dim
 
 Place = int | Literal["first", "last"]
 
 _QKV = ("attention.query", "attention.key", "attention.value")
 _GATED = ("mlp.gate", "mlp.up")
+_EXPERTS = ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down")
 _SAME = Layout(split=lambda x: (x,), join=lambda parts: parts[0])
 _HALVES = Layout(split=lambda x: x.chunk(2), join=torch.cat)
+_HALVES_OF_EACH = Layout(split=lambda x: x.chunk(2, 1), join=lambda parts: torch.cat(parts, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class Dialect:
         fused_gate: name of gate and up-projection together; None: they are separate.
         frequencies: name of the rotary frequencies of each layer, which AscendSpeed stores.
         nested: beginnings of names that are dictionaries in dictionaries, one per part of the name.
+        experts: names in layers with experts, before those of `parts`. `{number}` is the number of an expert; without
+            it a tensor holds all experts of a layer.
     """
 
     layers: str
@@ -53,8 +57,14 @@ class Dialect:
     first_layer: int = 0
     frequencies: str | None = None
     nested: tuple[str, ...] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
+
+    def stacks(self, arch: Architecture) -> Mapping[str, int]:
+        """For `lazy.unstack_view`: the logical tensors that hold all experts of a layer, if the dialect's do not."""
+        return stacks(arch) if any(_NUMBER in name for name in self.experts.values()) else {}
 
 
+_NUMBER = "{number}"
 _MEGATRON_PARTS = {
     "attention_norm": "input_layernorm.{}",
     "attention.query": "self_attention.query_key_value.{}",
@@ -64,6 +74,7 @@ _MEGATRON_PARTS = {
     "mlp_norm": "post_attention_layernorm.{}",
     "mlp.up": "mlp.dense_h_to_4h.{}",
     "mlp.down": "mlp.dense_4h_to_h.{}",
+    "mlp.router": "mlp.deepspeed_moe.gate.wg.{}",
 }
 _MEGATRON_ENDS = {
     "embedding.word": "language_model.embedding.word_embeddings.{}",
@@ -85,6 +96,7 @@ _CORE_PARTS = {
     "mlp_norm": "pre_mlp_layernorm.{}",
     "mlp.up": "mlp.linear_fc1.{}",
     "mlp.down": "mlp.linear_fc2.{}",
+    "mlp.router": "mlp.router.{}",
 }
 _CORE_ENDS = {
     "embedding.word": "embedding.word_embeddings.{}",
@@ -92,10 +104,36 @@ _CORE_ENDS = {
     "final_norm": "decoder.final_layernorm.{}",
     "head": "output_layer.{}",
 }
-_CORE = Dialect(layers="decoder.layers.{}.", ends=_CORE_ENDS, parts=_CORE_PARTS, fused_gate=_CORE_PARTS["mlp.up"])
+_CORE = Dialect(
+    layers="decoder.layers.{}.",
+    ends=_CORE_ENDS,
+    parts=_CORE_PARTS,
+    fused_gate=_CORE_PARTS["mlp.up"],
+    experts={
+        "mlp.experts.up": "mlp.experts.local_experts.{number}.linear_fc1.{}",
+        "mlp.experts.down": "mlp.experts.local_experts.{number}.linear_fc2.{}",
+    },
+)
 _CORE_FUSED_NORMS = {
     "attention_norm": "self_attention.linear_qkv.layer_norm_{}",
     "mlp_norm": "mlp.linear_fc1.layer_norm_{}",
+}
+_CORE_TE = replace(
+    _CORE,
+    parts={**_CORE_PARTS, **_CORE_FUSED_NORMS},
+    experts={**_CORE.experts, "mlp_norm": _CORE_PARTS["mlp_norm"]},
+)
+_CORE_GROUPED = {
+    "mlp.experts.up": "mlp.experts.linear_fc1.{}{number}",
+    "mlp.experts.down": "mlp.experts.linear_fc2.{}{number}",
+}
+_CORE_STACKED = {
+    "mlp.experts.up": "mlp.experts.experts.linear_fc1.{}",
+    "mlp.experts.down": "mlp.experts.experts.linear_fc2.{}",
+}
+_DEEPSPEED_EXPERTS = {
+    "mlp.experts.up": "mlp.deepspeed_moe.experts.deepspeed_experts.{number}.dense_h_to_4h.{}",
+    "mlp.experts.down": "mlp.deepspeed_moe.experts.deepspeed_experts.{number}.dense_4h_to_h.{}",
 }
 _ASCENDSPEED = Dialect(
     layers="language_model.layers.{}.",
@@ -125,16 +163,21 @@ _MODELLINK = Dialect(
 )
 
 DIALECTS: Mapping[str, Dialect] = {
-    "megatron": replace(_MODELLINK, parts=_MEGATRON_PARTS, fused_gate=_MEGATRON_PARTS["mlp.up"]),
+    "megatron": replace(
+        _MODELLINK, parts=_MEGATRON_PARTS, fused_gate=_MEGATRON_PARTS["mlp.up"], experts=_DEEPSPEED_EXPERTS
+    ),
     "core": _CORE,
-    "core-te": replace(_CORE, parts={**_CORE_PARTS, **_CORE_FUSED_NORMS}),
+    "core-te": _CORE_TE,
+    "core-te-grouped": replace(_CORE_TE, experts={**_CORE_TE.experts, **_CORE_GROUPED}),
+    "core-te-stacked": replace(_CORE_TE, experts={**_CORE_TE.experts, **_CORE_STACKED}),
     "ascendspeed": _ASCENDSPEED,
     "ascendspeed-merged": replace(_ASCENDSPEED, fused_gate="mlp.proj.{}"),
     "modellink": _MODELLINK,
     "modellink-merged": replace(_MODELLINK, fused_gate="mlp.proj.{}"),
 }
 """megatron: Megatron-LM until 2023, Megatron-DeepSpeed. core: Megatron-Core with its own layers; core-te: with those of
-Transformer Engine. ascendspeed: AscendSpeed of 2023; modellink: its successor; merged: with --merge-mlp."""
+Transformer Engine, whose experts are one by one, grouped, or in torch_dist one tensor per layer. ascendspeed: of 2023;
+modellink: its successor; merged: with --merge-mlp."""
 
 
 PIPELINE = "pipeline"
@@ -231,12 +274,15 @@ def _pieces(arch: Architecture, dialect: Dialect) -> Iterator[Piece]:
         if stem.startswith("layers."):
             _, number, stem = stem.split(".", 2)
             place = int(number)
-        if stem in _QKV[1:] or (stem == "mlp.gate" and dialect.fused_gate):
+        if stem in (*_QKV[1:], _EXPERTS[0]) or (stem == "mlp.gate" and dialect.fused_gate):
             continue  # part of another one
-        template, logical, layout = _template(stem, dialect, arch, layered=isinstance(place, int))
+        prefix = name.removesuffix(f"{stem}.{kind}")
+        if stem in _EXPERTS and stem in dialect.experts and kind == "weight":
+            yield from _expert_pieces(place, prefix, stem, dialect, arch)
+            continue
+        template, logical, layout = _template(stem, dialect, arch, place)
         if template is None:
             raise CheckpointError(f"{name} has no place in the format: its programs do not compute such a model")
-        prefix = name.removesuffix(f"{stem}.{kind}")
         dim = shard_dim(name)
         yield Piece(
             place=place,
@@ -260,12 +306,38 @@ def frequency_pieces(arch: Architecture, dialect: Dialect) -> list[Piece]:
     ]
 
 
+def _expert_pieces(
+    place: Place, prefix: str, stem: str, dialect: Dialect, arch: Architecture
+) -> Iterator[Piece]:
+    """The up- (with the gate, if there is one) or down-projections of the experts of a layer."""
+    assert arch.experts is not None
+    template, is_up = dialect.experts[stem], stem == _EXPERTS[1]
+    parts = _EXPERTS[:2] if is_up and arch.gated else (stem,)
+    names = tuple(f"{prefix}{part}.weight" for part in parts)
+    dim = 0 if is_up else 1
+    if _NUMBER not in template:
+        layout = _SAME if len(parts) == 1 else _HALVES_OF_EACH
+        split = Split(dim + 1, len(parts))
+        yield Piece(place=place, name=template.format("weight"), ours=names, layout=layout, split=split)
+        return
+    for number in range(arch.experts.count):
+        yield Piece(
+            place=place,
+            name=template.format("weight", number=number),
+            ours=tuple(f"{name}.{number}" for name in names),
+            layout=_SAME if len(parts) == 1 else _HALVES,
+            split=Split(dim, len(parts)),
+        )
+
+
 def _template(
-    stem: str, dialect: Dialect, arch: Architecture, *, layered: bool
+    stem: str, dialect: Dialect, arch: Architecture, place: Place
 ) -> tuple[str | None, tuple[str, ...], Layout]:
     """Name, logical parts and layout of the tensor that begins with the parameter `stem`."""
-    if not layered:
+    if not isinstance(place, int):
         return dialect.ends.get(stem), (stem,), _SAME
+    if arch.has_experts(place) and stem in dialect.experts:
+        return dialect.experts[stem], (stem,), _SAME
     if stem == "attention.query":
         return dialect.parts[stem], _QKV, per_group(arch.num_kv_heads, arch.head_dim)
     if stem == "mlp.up" and arch.gated and dialect.fused_gate:

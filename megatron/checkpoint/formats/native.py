@@ -25,6 +25,7 @@ from megatron.checkpoint.manifest import MANIFEST, PROGRESS, RUN, TensorRecord, 
 from megatron.checkpoint.publish import Draft, Retention, Written, publish
 from megatron.checkpoint.ranks import Ranks
 from megatron.config.architecture import Architecture, RopeScaling
+from megatron.config.experts import Experts
 
 _MODEL = "model."
 _OPTIMIZER = "optimizer."
@@ -104,8 +105,12 @@ def _renamed(tensors: LazyTensors, names: Mapping[str, str]) -> LazyTensors:
 
 def architecture_of(saved: Mapping[str, Any]) -> Architecture:
     """The architecture in the record of a run."""
-    scaling = saved["rope_scaling"]
-    return Architecture(**{**saved, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+    scaling, experts = saved["rope_scaling"], saved.get("experts")
+    parts = {
+        "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+        "experts": None if experts is None else Experts(**{**experts, "layers": tuple(experts["layers"])}),
+    }
+    return Architecture(**{**saved, **parts})
 
 
 def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:

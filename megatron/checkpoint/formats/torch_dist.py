@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ _COMMON_IN_CONTAINER = "common_state"
 _LAYERS = "decoder.layers."
 _OPTIMIZER = re.compile(r"optimizer\.(?:state\.)?(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
 _WEIGHTS = ("param", "fp32_param")
-_DIALECT = "core-te"
+_DIALECT = "core-te-stacked"
 _KIND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON_KIND = {"common_backend": "torch", "common_backend_version": 1}
-# The linear layers of Megatron-Core keep a state of Transformer Engine, which is empty without FP8.
+# The linear layers of Megatron-Core (but not experts) keep a state of Transformer Engine, which is empty without FP8.
 _WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -150,22 +150,31 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     """
     whole = to_dialect(model, options.dialect or _DIALECT, options)
     name = f"iter_{model.iteration:07d}" if model.iteration else "release"
-    layers = range(model.arch.num_layers)
-    extra = {
-        f"{_LAYERS}{part}._extra_state/shard_{layer}_{len(layers)}": [None]
-        for part in _WITH_EXTRA_STATE
-        for layer in layers
-    }
+    alike = model.arch.expert_layers in (0, model.arch.num_layers)
     with new_folder(folder) as temporary:
         path = temporary / name
         path.mkdir()
-        write_container(path, whole.tensors, stacks=_stacks(whole), objects=extra)
+        stacks = _stacks(whole) if alike else {}  # layers of two kinds are stored one by one
+        write_container(path, whole.tensors, stacks=stacks, objects=_extra_state(whole, stacks))
         with TorchFile(path / _COMMON, client_state(model, whole, options)):
             pass
         write_synced(path / "metadata.json", json.dumps({**_KIND, **_COMMON_KIND}).encode())
         if model.assets.files:
             model.assets.copy_to(temporary / FOLDER)
         write_synced(temporary / TRACKER, (str(model.iteration) if model.iteration else "release").encode())
+
+
+def _extra_state(whole: Megatron, stacks: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Empty states of the linear layers: by layer in their name, or by part of the state of all of them."""
+    if not stacks:
+        modules = (name.removesuffix(".weight") for name in whole.tensors.records)
+        return {f"{name}._extra_state": [None] for name in modules if name.endswith(_WITH_EXTRA_STATE)}
+    return {
+        f"{_LAYERS}{part}._extra_state/shard_{layer}_{len(names)}": [None]
+        for part in _WITH_EXTRA_STATE
+        if (names := stacks.get(f"{_LAYERS}{part}.weight"))
+        for layer in range(len(names))
+    }
 
 
 def _stacks(whole: Megatron) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.errors import CorruptCheckpoint
+from megatron.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from megatron.checkpoint.files import write_synced
 from megatron.checkpoint.folder import TRACKER
 from megatron.checkpoint.formats.assets import FOLDER, assets_beside
@@ -110,6 +110,8 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     Raises:
         CheckpointError: the dialect has no place for a tensor, or `folder` is there already.
     """
+    if model.arch.experts is not None:
+        raise CheckpointError("models with experts are not written in the universal form: choose another --to")
     dialect = options.dialect or PIPELINE
     tag = f"global_step{model.iteration}_universal"
     sources = {WEIGHTS: cast_view(model.weights, torch.float32), **model.moments}

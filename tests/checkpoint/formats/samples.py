@@ -9,6 +9,7 @@ import torch
 from megatron.checkpoint.formats.lazy import in_memory
 from megatron.checkpoint.formats.model import StoredModel, parameter_shapes
 from megatron.config.architecture import Architecture, RopeScaling
+from megatron.config.experts import Experts
 
 _LLAMA = Architecture(
     num_layers=4,
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Architecture] = {
     "llama-3.2": replace(_LLAMA, tied_embeddings=True, rope_theta=5e5, rope_scaling=RopeScaling(factor=32.0)),
     "llama-biases": replace(_LLAMA, linear_bias=True, qkv_bias=False),
     "mistral": replace(_LLAMA, sliding_window=16, num_kv_heads=2),
+    "mixtral": replace(_LLAMA, experts=Experts(count=4, topk=2, ffn_hidden_size=48, layers=(0, 1, 2, 3))),
     "qwen2": replace(_LLAMA, qkv_bias=True),
     "qwen3": replace(_LLAMA, qk_norm=True, head_dim=8),
     "bloom": replace(_LLAMA, position="alibi", embedding_norm=True, ffn_hidden_size=128, **_GPT),

@@ -26,6 +26,24 @@ def test_every_layout_and_family(family: str, tp: int, pp: int, tmp_path: Path) 
     assert_equal(open_model(tmp_path / "out", None, READ), model)
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_experts_have_files_of_their_own(tp: int, tmp_path: Path) -> None:
+    model = random_model(FAMILIES["mixtral"])
+    convert(model, "deepspeed", tmp_path / "out", WriteOptions(tp=tp, divisible_by=8))
+    path = tmp_path / "out" / "global_step0"
+    assert len(list(path.glob("layer_*_expert_*"))) == 4 * 4 * tp
+    expert = torch.load(path / f"layer_3_expert_2_mp_rank_{tp - 1:02d}_model_states.pt")
+    prefix = "language_model.encoder.layers.3.mlp.deepspeed_moe.experts.deepspeed_experts.2."
+    gate, up = (model.weights.read(f"layers.3.mlp.experts.{part}.weight")[2] for part in ("gate", "up"))
+    rows = slice(48 - 48 // tp, 48)
+    assert torch.equal(expert[f"{prefix}dense_h_to_4h.weight"], torch.cat((gate[rows], up[rows])))
+    assert expert.keys() == {f"{prefix}dense_h_to_4h.weight", f"{prefix}dense_4h_to_h.weight"}
+    assert_equal(open_model(tmp_path / "out", None, ReadOptions(optimizer=False)), model)
+    next(path.glob("layer_1_expert_3_*")).unlink()
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.3"):
+        open_model(tmp_path / "out", None, ReadOptions(optimizer=False))
+
+
 @pytest.mark.parametrize("dialect", ["megatron", "ascendspeed", "modellink-merged", "pipeline-lambdas"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_other_dialects(dialect: str, tp: int, tmp_path: Path) -> None:

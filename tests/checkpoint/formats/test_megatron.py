@@ -36,6 +36,24 @@ def test_further_families(family: str, tmp_path: Path) -> None:
     _through(family, 2, 2, tmp_path / "megatron")
 
 
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("dialect", ["core", "core-te", "core-te-grouped", "megatron"])
+def test_experts(dialect: str, tp: int, pp: int, tmp_path: Path) -> None:
+    _through("mixtral", tp, pp, tmp_path / "megatron", dialect)
+
+
+def test_names_of_experts_in_megatron_core(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["mixtral"])
+    convert(model, "megatron", tmp_path / "out", WriteOptions(tp=2, pp=2, divisible_by=8))
+    tensors = _file(tmp_path / "out" / "release", "mp_rank_01_001")["model"]
+    gate, up, down = (model.weights.read(f"layers.3.mlp.experts.{part}.weight")[2] for part in ("gate", "up", "down"))
+    expert = "decoder.layers.1.mlp.experts.local_experts.2."
+    assert torch.equal(tensors[f"{expert}linear_fc1.weight"], torch.cat((gate[24:], up[24:])))
+    assert torch.equal(tensors[f"{expert}linear_fc2.weight"], down[:, 24:])
+    router = model.weights.read("layers.3.mlp.router.weight")
+    assert torch.equal(tensors["decoder.layers.1.mlp.router.weight"], router)
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect(dialect: str, tmp_path: Path) -> None:
     _through("llama", 2, 2, tmp_path / "megatron", dialect)

@@ -34,6 +34,19 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert_equal(open_model(tmp_path / "out", None, READ), model)
 
 
+def test_experts_of_all_layers_are_one_tensor_and_of_some_layers_are_not(tmp_path: Path) -> None:
+    arch = FAMILIES["mixtral"]
+    some = replace(arch, experts=replace(arch.experts, layers=(1, 3)))
+    for name, one in (("all", arch), ("some", some)):
+        model = random_model(one)
+        convert(model, "torch_dist", tmp_path / name, WriteOptions())
+        assert_equal(open_model(tmp_path / name, None, READ), model)
+    found = [FileSystemReader(tmp_path / name / "release").read_metadata() for name in ("all", "some")]
+    whole, single = (index.state_dict_metadata for index in found)
+    assert whole["decoder.layers.mlp.experts.experts.linear_fc1.weight"].size == torch.Size((4, 4, 96, 32))
+    assert single["decoder.layers.3.mlp.experts.experts.linear_fc2.weight"].size == torch.Size((4, 32, 48))
+
+
 def test_a_checkpoint_of_megatron_core() -> None:
     """Its tensors, in this project's model, give Megatron-Core's logits."""
     truth = json.loads((GOLDEN / "logits.json").read_text())
