@@ -43,21 +43,16 @@ def test_loss_is_close_to_16_bits(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [DELAYED, CURRENT], ids=["delayed", "current"])
 def test_recomputation_repeats_every_bit(recipe):
-    expected = curve(ONE, recipe, STEPS)
-    for granularity in ("full", "selective"):
-        assert curve(ONE, (*recipe, "--recompute-granularity", granularity), STEPS) == expected
+    assert curve(ONE, (*recipe, "--recompute-granularity", "full"), STEPS) == curve(ONE, recipe, STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "flags"),
     [
-        ("TP2 SP", ()),
         ("DP2", ("--zero-stage", "3")),
-        ("PP2 1f1b", ()),
         ("PP2 interleaved", ()),
         ("PP2 TP2 SP 1f1b", ()),
-        ("TP2 DP2", ("--deepspeed", "--zero-stage", "1")),
         ("PP2 1f1b", ("--deepspeed", "--zero-stage", "1")),
     ],
 )
@@ -80,9 +75,9 @@ def test_scales_and_losses_do_not_depend_on_the_layout(layout, flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--deepspeed", "--zero-stage", "2"), ("--bf16",)], ids=" ".join)
+@pytest.mark.parametrize("flags", [("--bf16",), ("--deepspeed", "--zero-stage", "2")], ids=" ".join)
 def test_a_resumed_run_repeats_every_bit(flags, tmp_path):
-    layout = layout_of("TP2 DP2")
+    layout = layout_of("TP2")
     flags = (*DELAYED, "--fp8-interval", "3", *flags)
     whole = curve(layout, flags, 2 * STEPS)
     curve(layout, (*flags, *_saving(tmp_path)), STEPS)
