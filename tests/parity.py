@@ -167,7 +167,27 @@ COPIES = (
     Layout("PP2 TP4, 2 kv heads", 8, (*_PIPELINE, *_TENSOR, "4"), _BOTH, TWO_HEADS),
 )
 """More tensor-parallel ranks than key-value heads."""
-LAYOUTS = (*SHALLOW, *PIPELINES, *SEQUENCES, *COPIES)
+MOE = (
+    *(*MODEL, "--num-experts", "4", "--topk", "2", "--expert-interval", "1", "--disable-moe-top2-2nd-expert-sampling"),
+    *("--moe-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.01"),
+)
+DROPLESS = (*MOE, "--disable-moe-token-dropping")
+_EXPERTS, _OF_EXPERTS = ("--moe-expert-parallel-size",), ("DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2")
+EXPERTS = (
+    Layout("TP2, experts", 2, (*_TENSOR, "2"), _BOTH, DROPLESS),
+    Layout("EP2", 2, (*_EXPERTS, "2"), (*_NATIVE, *_OF_EXPERTS), DROPLESS),
+    Layout("EP2, capacity 1", 2, (*_EXPERTS, "2"), _BOTH, MOE),
+    Layout("EP2 CP2", 2, (*_EXPERTS, "2", *_CONTEXT, "2"), ("native stage 1",), DROPLESS),
+    Layout("EP2, recomputed", 2, (*_EXPERTS, "2", "--recompute-granularity", "full"), ("native stage 1",), DROPLESS),
+    Layout("EP4", 4, (*_EXPERTS, "4"), (*_NATIVE, *_OF_EXPERTS), DROPLESS),
+    Layout("EP2 DP4", 4, (*_EXPERTS, "2"), (*_NATIVE, *_OF_EXPERTS), DROPLESS),
+    Layout("EP2 TP2", 4, (*_EXPERTS, "2", *_TENSOR, "2"), _BOTH, DROPLESS),
+    Layout("EP2 TP2 SP", 4, (*_EXPERTS, "2", *_TENSOR, "2", "--sequence-parallel"), (*_NATIVE, *_OF_EXPERTS), DROPLESS),
+    Layout("EP2 PP2", 4, (*_EXPERTS, "2", *_PIPELINE), _NATIVE, DROPLESS),
+    Layout("EP2 PP2 zero-bubble", 4, (*_EXPERTS, "2", *_PIPELINE, _SCHEDULE, "zero-bubble"), _NATIVE[1:2], DROPLESS),
+)
+"""Mixtures of experts; a capacity is that of a micro-batch of one data-parallel rank, which one process has as well."""
+LAYOUTS = (*SHALLOW, *PIPELINES, *SEQUENCES, *COPIES, *EXPERTS)
 
 
 def train(argv: Sequence[str]) -> None:

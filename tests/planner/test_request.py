@@ -29,6 +29,11 @@ def test_a_preset_is_enough():
     assert request.vocab_size == 32000
 
 
+def test_models_with_experts_are_refused():
+    with pytest.raises(ConfigError, match="--num-experts 8: models with experts are not planned yet"):
+        read_request(["--preset", "mixtral-8x7b", "--expert-model-parallel-size", "8"], 64)
+
+
 def test_long_positions_do_not_mean_long_sequences():
     assert _case("--preset llama3.1-8b").seq_length == 8192
 
