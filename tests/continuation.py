@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.parity import (
+    DROPLESS,
     FLOAT32_TOLERANCE,
     MODEL,
     ONE_HEAD,
@@ -101,6 +102,12 @@ TP4_COPIES = _native("TP4, 2 kv heads", 4, "--tensor-model-parallel-size 4", mod
 TWO_COPIES = _native("1 process, 2 kv heads", 1, model=TWO_HEADS)
 ZERO_1_COPIES = _deepspeed("ZeRO-1 TP2, 1 kv head", 2, f"--zero-stage 1 {_TP}", model=ONE_HEAD)
 DP2_COPIES = _native("DP2, 1 kv head", 2, model=ONE_HEAD)
+_EP = "--moe-expert-parallel-size 2"
+EP2 = _native("EP2", 2, _EP, model=DROPLESS)
+EP2_TP2 = _native("EP2 TP2", 4, f"{_EP} {_TP}", model=DROPLESS)
+ONE_EXPERTS = _native("1 process, experts", 1, model=DROPLESS)
+ZERO_1_EP2 = _deepspeed("ZeRO-1 EP2", 2, f"--zero-stage 1 {_EP}", model=DROPLESS)
+ZERO_2_EP2 = _deepspeed("ZeRO-2 EP2 DP4", 4, f"--zero-stage 2 {_EP}", model=DROPLESS)
 
 PAIRS: tuple[tuple[End, End], ...] = (
     *((end, end) for end in (ONE, TP2_DP2, DP2_SHARDED, PP2, *ZERO, ZERO_3_TP2, DS_PP2, DS_PP2_TIED, HOST)),
@@ -114,6 +121,8 @@ PAIRS: tuple[tuple[End, End], ...] = (
     *((BF16[0], ONE_BF16), (ONE_BF16, BF16[2]), (DP2_BF16, BF16[1]), (ZERO_FP16, DP2_FP16), (DP2_FP16, ZERO_FP16)),
     *((CP2, ZERO[2]), (TP4_COPIES, TWO_COPIES), (TWO_COPIES, TP4_COPIES)),
     *((ZERO_1_COPIES, DP2_COPIES), (DP2_COPIES, ZERO_1_COPIES)),
+    *((EP2, EP2), (ZERO_1_EP2, ZERO_1_EP2), (EP2, ONE_EXPERTS), (ONE_EXPERTS, EP2_TP2), (EP2_TP2, ZERO_2_EP2)),
+    *((ZERO_1_EP2, ONE_EXPERTS), (ONE_EXPERTS, ZERO_1_EP2), (ZERO_2_EP2, EP2)),
     *((HPU, ONE), (ONE, HPU), (HPU_ZERO_1, PP2), (NPU, ONE), (NPU_ZERO_3, ONE), (ZERO[3], NPU), (NEURON, DP2)),
 )
 
