@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from megatron.checkpoint import CheckpointError
+from megatron.checkpoint.formats import ReadOptions, WriteOptions, convert, open_model
 from megatron.config.architecture import Architecture
 from megatron.config.experts import Experts
 from megatron.model import hf
@@ -88,7 +91,7 @@ def test_logits_gradients_and_losses_equal_hugging_face(layers: int) -> None:
     assert 2 * _totals(inputs)[0].item() == pytest.approx(balance.item(), rel=LOGITS_TOLERANCE)
 
 
-def test_configuration_and_files_go_to_hugging_face_and_back(tmp_path: Any) -> None:
+def test_configuration_and_weights_go_to_hugging_face_and_back() -> None:
     theirs = _random_model("Mixtral", MIXTRAL)
     arch = architecture_from_hf_config(theirs.config.to_dict())
     assert arch.experts == Experts(count=4, topk=2, ffn_hidden_size=48, layers=(0, 1))
@@ -100,6 +103,20 @@ def test_configuration_and_files_go_to_hugging_face_and_back(tmp_path: Any) -> N
     assert again.keys() == logical.keys()
     assert all(torch.equal(again[name], logical[name]) for name in logical)
     assert sum(tensor.numel() for tensor in logical.values()) == arch.num_parameters()
+
+
+def test_files_of_transformers_over_native_to_transformers(tmp_path: Path) -> None:
+    theirs = _random_model("Mixtral", MIXTRAL).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    convert(open_model(tmp_path / "theirs", "hf", ReadOptions()), "native", tmp_path / "native", WriteOptions())
+    native = open_model(tmp_path / "native", "native", ReadOptions())
+    assert native.weights.records["layers.0.mlp.experts.gate.weight"].shape == (4, 48, 32)
+    convert(native, "hf", tmp_path / "back", WriteOptions())
+    back = type(theirs).from_pretrained(tmp_path / "back").state_dict()
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+    with pytest.raises(CheckpointError, match="the format megatron holds no experts here; write hf or native"):
+        convert(native, "megatron", tmp_path / "megatron", WriteOptions())
 
 
 def test_what_mixtral_does_not_compute_is_refused() -> None:
