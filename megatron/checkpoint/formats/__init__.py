@@ -74,9 +74,6 @@ def open_model(folder: Path, kind: str | None, options: ReadOptions) -> StoredMo
     return replace(model, assets=with_tokenizer(model.assets, options.tokenizer))
 
 
-_WITH_EXPERTS = ("hf", "native")
-
-
 def convert(model: StoredModel, kind: str, folder: Path, options: WriteOptions) -> None:
     """Write an open model in another format.
 
@@ -84,8 +81,6 @@ def convert(model: StoredModel, kind: str, folder: Path, options: WriteOptions) 
         CheckpointError: the format cannot hold the model, or the folder is there already.
     """
     chosen = FORMATS[kind]
-    if model.arch.experts is not None and kind not in _WITH_EXPERTS:
-        raise CheckpointError(f"the format {kind} holds no experts here; write {' or '.join(_WITH_EXPERTS)}")
     if not chosen.sharded and (options.tp, options.pp) != (1, 1):
         raise CheckpointError(
             f"--target-tensor-parallel-size {options.tp} --target-pipeline-parallel-size {options.pp}: a checkpoint in "
