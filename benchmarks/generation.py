@@ -3,9 +3,9 @@
     python -m benchmarks.generation --rounds 5
 
 Both continue the same prompts with the same weights, always with the most likely token, and must write the same. The
-sides take turns in one process, and medians of processor time are compared, because shared machines are noisy. Prompts of
-different lengths are padded for Hugging Face on the left. "read again", for one prompt, is this project's model without
-the cache.
+sides take turns in one process, and medians of processor time are compared, because shared machines are noisy. Prompts
+of different lengths are padded for Hugging Face on the left. "read again", for one prompt, is this project's model
+without the cache.
 """
 
 from __future__ import annotations
