@@ -52,7 +52,9 @@ class Attention(nn.Module):
         # Each rank normalises its own heads only.
         self.query_norm = Norm(arch.head_dim, setting, bias=False, partial_grad=True) if arch.qk_norm else None
         self.key_norm = Norm(arch.head_dim, setting, bias=False, partial_grad=True) if arch.qk_norm else None
-        self.output = RowParallelLinear(query, arch.hidden_size, bias=arch.linear_bias, **setting.linear())
+        self.output = RowParallelLinear(
+            query, arch.hidden_size, bias=arch.linear_bias, ops=setting.ops, **setting.linear()
+        )
 
     def forward(self, x: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] (or [s/t, b, h]) -> the same, and the output bias [h] (or None), not yet added."""

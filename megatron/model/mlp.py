@@ -45,7 +45,7 @@ class MLP(nn.Module):
         if arch.gated:
             self.gate = ColumnParallelLinear(arch.hidden_size, inner, bias=bias, **shared)
         self.up = ColumnParallelLinear(arch.hidden_size, inner, bias=bias, **shared)
-        self.down = RowParallelLinear(inner, arch.hidden_size, bias=bias, **shared)
+        self.down = RowParallelLinear(inner, arch.hidden_size, bias=bias, ops=setting.ops, **shared)
 
     def forward(self, x: Tensor, _: LayerInputs) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] (or [s/t, b, h]) -> the same, and the output bias [h] (or None), not yet added.

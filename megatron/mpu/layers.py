@@ -7,7 +7,7 @@ Parameters are plain local tensors or DTensors; all maths is on the local part, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -218,6 +218,23 @@ def _watched(
     return deferred.watch(outputs, x, layers, gather)
 
 
+class _RowParallel(torch.autograd.Function):
+    """The sum of the ranks' products. The gradient of the sum is that of each product: nothing is sent in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, matmul_all_reduce: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return matmul_all_reduce(x, weight, group.handle)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_input, need_weight, *_ = ctx.needs_input_grad
+        grad_input = torch.matmul(grad, weight) if need_input else None
+        grad_weight = grad.flatten(0, -2).t().matmul(x.flatten(0, -2)) if need_weight else None
+        return grad_input, grad_weight, None, None
+
+
 class RowParallelLinear(SplitLayer):
     """Linear layer whose input features are split over the tensor-parallel ranks; the partial outputs are summed.
 
@@ -225,6 +242,7 @@ class RowParallelLinear(SplitLayer):
         in_features: i, logical; must be divisible by the group's size.
         out_features: o, logical.
         bias: whether there is a bias; it is replicated.
+        ops: the kernels.
         group: the tensor-parallel ranks.
         sequence_parallel: the output is [s/t, b, o] instead of [s, b, o].
         deferred: takes over the gradient of the weight; None = it is computed in backward.
@@ -240,6 +258,7 @@ class RowParallelLinear(SplitLayer):
         out_features: int,
         *,
         bias: bool,
+        ops: Ops,
         group: Group,
         sequence_parallel: bool = False,
         deferred: DeferredGradients | None = None,
@@ -247,7 +266,7 @@ class RowParallelLinear(SplitLayer):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel, self.deferred = group, sequence_parallel, deferred
+        self.group, self.sequence_parallel, self.deferred, self._ops = group, sequence_parallel, deferred, ops
         columns = divide(in_features, group.size, "input features")
         self.weight = nn.Parameter(torch.empty(out_features, columns, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -257,12 +276,21 @@ class RowParallelLinear(SplitLayer):
 
         The bias is left to the caller, who adds it together with dropout and the residual.
         """
-        (partial,) = _watched((self.product(x, _weight(self)),), x, (self,), None)
-        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_region
+        (output,) = _watched((self._sum(x, _weight(self)),), x, (self,), None)
+        if self.sequence_parallel:
+            output = reduce_scatter_sequence(output, self.group)
         bias = None
         if self.bias is not None:
             bias = replicated(self.bias, self.group, partial_grad=self.sequence_parallel)
-        return reduce(partial, self.group), bias
+        return output, bias
+
+    def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sum of the ranks' products [s, b, o]; with sequence parallelism this rank's product alone."""
+        if self.sequence_parallel or self.group.size == 1:
+            return self.product(x, weight)
+        if self.training and self.eight_bit is not None:
+            return reduce_from_region(self.product(x, weight), self.group)
+        return _RowParallel.apply(x, weight, self.group, self._ops.matmul_all_reduce)
 
 
 class VocabParallelEmbedding(SplitLayer):

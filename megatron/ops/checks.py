@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.ops.block_rules import BlockRules
@@ -173,6 +174,12 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> None:
     _require(x.shape[1] == weight.shape[2], f"weight must be [E, o, {x.shape[1]}], not {_shape(weight)}")
     fits = counts.dtype == torch.int64 and counts.shape == weight.shape[:1]
     _require(fits, f"counts must be int64 [{weight.shape[0]}], not {counts.dtype} {_shape(counts)}")
+
+
+def matmul_all_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> None:
+    """X [..., i] and weight [o, i] floating and of one dtype."""
+    _require(weight.dim() == 2, f"weight must be [o, i], not {_shape(weight)}")
+    linear_arguments(x, weight, weight.shape[1], weight.shape[0])
 
 
 def squared_relu(x: Tensor) -> None:

@@ -255,6 +255,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     liger_swiglu,
     portable.geglu,
     portable.grouped_matmul,
+    portable.matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
     torch_cross_entropy,

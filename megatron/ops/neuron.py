@@ -50,6 +50,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.swiglu,
     portable.geglu,
     portable.grouped_matmul,
+    portable.matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
     portable.clip_grad_norm,

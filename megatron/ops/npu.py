@@ -7,11 +7,13 @@ layouts, masks and dtypes, and the kernels then compute nonsense: each call stan
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,8 +30,12 @@ _ROTARY_HEAD, _ROTARY_ROWS = 896, 1000
 _SOFTMAX_STEP, _LONGEST_SOFTMAX = 32, 4096
 _CAUSAL, _BAND, _WHOLE_MASK = 2, 4, 1  # values of sparse_mode
 _SCALE_THEN_ADD = 0  # value of pse_type
+_SUMMED_OVER = (2, 4, 8)  # ranks
 
 _NPU_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({dtype: TOLERANCE[dtype] for dtype in _FLOATS})
+_HALF_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
+    {dtype: TOLERANCE[dtype] for dtype in (torch.bfloat16, torch.float16)}
+)
 _ATTENTION_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
     {dtype: portable.ATTENTION_TOLERANCE[dtype] for dtype in _FLOATS}
 )
@@ -44,9 +50,9 @@ def _refuse(implementation: str, reason: str, instead: str) -> None:
     raise ValueError(f"--op {implementation} {reason}: use --op {op}={instead}")
 
 
-def _check_dtype(implementation: str, x: Tensor, instead: str) -> None:
-    if x.dtype not in _FLOATS:
-        _refuse(implementation, f"computes in {', '.join(map(str, _FLOATS))}, not in {x.dtype}", instead)
+def _check_dtype(implementation: str, x: Tensor, instead: str, allowed: Iterable[torch.dtype] = _FLOATS) -> None:
+    if x.dtype not in allowed:
+        _refuse(implementation, f"computes in {', '.join(map(str, allowed))}, not in {x.dtype}", instead)
 
 
 @functools.cache
@@ -192,6 +198,28 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return result
 
 
+@implements(reference.matmul_all_reduce, name="fused", tolerance=_HALF_TOLERANCE, why_unavailable=_unavailable)
+def matmul_all_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Ascend's product that sends what is finished while it computes the rest (MC2).
+
+    The ranks must be NPUs of one machine that are all connected with each other, which cannot be checked here, and all
+    calls in a model must be for the same ranks, as those of tensor-parallel layers are.
+    """
+    import torch_npu
+
+    _check_dtype("matmul_all_reduce=fused", x, "torch", _HALF_TOLERANCE)
+    if group is None:
+        return F.linear(x, weight)
+    ranks = group.size()
+    if ranks not in _SUMMED_OVER:
+        _refuse("matmul_all_reduce=fused", f"sums over {_SUMMED_OVER} tensor-parallel ranks, not {ranks}", "torch")
+    backend: Any = group._get_backend(x.device)
+    communicator = backend.get_hccl_comm_name(dist.get_rank())
+    rows = x.flatten(0, -2).contiguous()  # the operator takes no transposed view of the input; of the weight it does
+    result: Tensor = torch_npu.npu_mm_all_reduce_base(rows, weight.t(), communicator, reduce_op="sum")
+    return result.view(*x.shape[:-1], -1)
+
+
 @implements(reference.cross_entropy, name="chunked")
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """See `portable.chunked_cross_entropy`."""
@@ -214,6 +242,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.swiglu,
     portable.geglu,
     portable.grouped_matmul,
+    portable.matmul_all_reduce,
+    matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
     portable.clip_grad_norm,

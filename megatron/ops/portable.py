@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -324,6 +325,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _row_chunks(rows: Tensor, chunk_elements: int) -> Iterable[slice]:
     step = max(1, chunk_elements // rows.shape[1])
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+
+
+@implements(reference.matmul_all_reduce, name="torch")
+def matmul_all_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The product, then the sum of the ranks' products, which travel in x's dtype."""
+    product = F.linear(x, weight)
+    if group is not None:
+        dist.all_reduce(product, group=group)
+    return product
 
 
 @implements(reference.adamw, name="fused", tolerance=ADAMW_TOLERANCE)

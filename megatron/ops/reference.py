@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -221,6 +222,26 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     checks.grouped_matmul(x, weight, counts)
     groups = zip(torch.split(_wide(x), counts.tolist()), _wide(weight).unbind(), strict=True)
     return torch.cat([rows @ matrix.t() for rows, matrix in groups]).to(x.dtype)
+
+
+def matmul_all_reduce(x: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """A linear map whose input features are split over ranks: the sum of the ranks' products (Shoeybi et al. 2019).
+
+    It has no gradient of its own: that of the sum passes to every rank unchanged, see `mpu.layers`.
+
+    Args:
+        x: [..., i], this rank's part of the input features.
+        weight: [o, i] of x's dtype, the columns that belong to them.
+        group: the ranks, all of which call this; None = this one alone.
+
+    Returns:
+        The sum over the ranks of x weight^T: [..., o] in x's dtype; sums are wide, that over the ranks too.
+    """
+    checks.matmul_all_reduce(x, weight, group)
+    product = F.linear(_wide(x), _wide(weight))
+    if group is not None:
+        dist.all_reduce(product, group=group)
+    return product.to(x.dtype)
 
 
 def squared_relu(x: Tensor) -> Tensor:

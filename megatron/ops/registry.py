@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron import accelerators
@@ -97,6 +98,7 @@ class Ops:
     geglu: Callable[[Tensor, Tensor], Tensor]
     bias_gelu: Callable[[Tensor, Tensor | None, Literal["none", "tanh"]], Tensor]
     grouped_matmul: Callable[[Tensor, Tensor, Tensor], Tensor]
+    matmul_all_reduce: Callable[[Tensor, Tensor, dist.ProcessGroup | None], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
     relu: Callable[[Tensor], Tensor]
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float, bool], Tensor]

@@ -83,6 +83,8 @@ def prepare(op: str, function: Callable[..., Any], sample: Sample) -> Callable[[
         return lambda: _clip(function, sample)
     if op == "make_linear":
         function = _linear(function)
+    if op == "matmul_all_reduce":
+        return lambda: [function(*sample.args)]
     if sample.gradients == 0:
         return lambda: list(function(*sample.args, **sample.kwargs))
     inputs = [argument.detach().requires_grad_() for argument in sample.args[: sample.gradients]]
@@ -257,6 +259,11 @@ def _grouped_matmul(source: _Source, s: int) -> tuple[Sample, ...]:
     )
 
 
+def _matmul_all_reduce(source: _Source, s: int) -> tuple[Sample, ...]:
+    # One rank alone: what several sum up is for tests with several.
+    return (Sample(label="", args=(source.normal(s, 2, 512), source.normal(1376, 512), None), gradients=0),)
+
+
 def _cross_entropy(source: _Source, s: int) -> tuple[Sample, ...]:
     vocabulary = 8192 if s > 256 else 67
     return (Sample(label="", args=(source.normal(s, 2, vocabulary), source.integers(vocabulary, s, 2)), gradients=1),)
@@ -301,6 +308,7 @@ _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingPro
         "geglu": _gated,
         "bias_gelu": _bias_gelu,
         "grouped_matmul": _grouped_matmul,
+        "matmul_all_reduce": _matmul_all_reduce,
         "squared_relu": _activation,
         "relu": _activation,
         "bias_dropout_add": _bias_dropout_add,

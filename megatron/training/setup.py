@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.accelerators import Accelerator, deepspeed_environment, select
 from megatron.config.run import RunConfig
 from megatron.mpu.expert_parallel import with_experts
-from megatron.mpu.groups import ProcessGroups, build_groups
+from megatron.mpu.groups import ProcessGroups, build_groups, single_process
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
 from megatron.training.report import Printers
@@ -51,6 +51,19 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         os.environ.update(deepspeed_environment(accelerator, env))
     device = accelerator.set_device(config.parallel.local_rank)
     join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    groups = _groups(config, accelerator)
+    printers = Printers.of(dist.get_rank(), dist.get_world_size())
+    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
+        printers.rank0(line)
+    return Session(
+        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
+    )
+
+
+def _groups(config: RunConfig, accelerator: Accelerator) -> ProcessGroups:
+    """The groups of this process, which is alone on a device that torch has no meshes for."""
+    if not accelerator.capabilities.device_meshes:
+        return single_process()
     parallel = config.parallel
     topology = Topology(
         parallel.world_size,
@@ -66,13 +79,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         dp_replicas=_replicas(config, topology),
         kv_copies=parallel.kv_replicator,
     )
-    groups = with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
-    printers = Printers.of(dist.get_rank(), dist.get_world_size())
-    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
-        printers.rank0(line)
-    return Session(
-        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
-    )
+    return with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
 
 
 def _expert_copies(config: RunConfig) -> int | None:
@@ -129,6 +136,17 @@ def _attention(accelerator: Accelerator, op: str, kind: str) -> str:
     return "flash_attn" if kind == "flash" and "flash_attn" in known else known[0]
 
 
+def _no_all_reduce(config: RunConfig) -> str:
+    """Why no linear layer of this run ends in an all-reduce in the format of its numbers; empty where they do."""
+    if config.parallel.tensor_model_parallel_size == 1:
+        return "there is nothing to sum at --tensor-model-parallel-size 1"
+    if config.parallel.sequence_parallel:
+        return "with --sequence-parallel such layers end in a reduce-scatter"
+    if config.precision.fp8_format is not None:
+        return f"with --fp8-format {config.precision.fp8_format} such layers compute with 8-bit numbers"
+    return ""
+
+
 _COMPILED = ("rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "bias_gelu")
 """Operations of a layer that a compiler fuses best from their plain definitions (`--use-torch-compile`)."""
 
@@ -137,7 +155,8 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
     """Operation -> implementation, from `--op` and from Megatron's flags that stand for one.
 
     Raises:
-        UnavailableOpError: an `--op` that is not `name=implementation`, or two flags that contradict each other.
+        UnavailableOpError: an `--op` that is not `name=implementation` or whose operation this run does not have, or
+            two flags that contradict each other.
     """
     settings = config.device
     asked: dict[str, str] = {}
@@ -157,6 +176,8 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
                 f"--op {item}: --context-parallel-size {config.parallel.ring_parallel_size} computes attention in "
                 f"pieces; leave it out or choose among --op {', '.join(attention)}"
             )
+        if op == "matmul_all_reduce" and (why_none := _no_all_reduce(config)):
+            raise UnavailableOpError(f"--op {item}: {why_none}; leave it out")
         ask(op, name, f"--op {item}")
     kind = settings.attention_backend
     for op in attention:

@@ -128,7 +128,7 @@ def _check_linears(sequence_parallel: bool) -> None:
     layers = [
         ColumnParallelLinear(6, 12, **shared),
         ColumnParallelLinear(6, 20, **shared),
-        RowParallelLinear(12, 6, **shared),
+        RowParallelLinear(12, 6, ops=reference_ops(), **shared),
     ]
     names = ("mlp.gate", "mlp.up", "mlp.down")
     parts = {}
@@ -161,7 +161,7 @@ def _check_refusals() -> None:
     group = _tensor_parallel()
     for layer in (
         lambda: ColumnParallelLinear(4, 6, bias=False, group=group),
-        lambda: RowParallelLinear(6, 4, bias=False, group=group),
+        lambda: RowParallelLinear(6, 4, bias=False, ops=reference_ops(), group=group),
         lambda: VocabParallelEmbedding(6, 4, ops=reference_ops(), group=group),
     ):
         with pytest.raises(ValueError, match="6 cannot be divided over 4 tensor-parallel ranks; --tensor-model"):

@@ -33,6 +33,13 @@ def test_other_devices_are_told_where_a_kernel_is():
         build_table(accelerators.load("cpu"), {"attention": "fusion_attention"})
 
 
+def test_the_product_of_several_ranks_is_ascends_alone():
+    with pytest.raises(UnavailableOpError, match="fused exists for npu, not for cpu"):
+        build_table(accelerators.load("cpu"), {"matmul_all_reduce": "fused"})
+    _, lines = build_table(NPU, {})
+    assert any(line.startswith("op matmul_all_reduce torch") for line in lines), "only on request"
+
+
 def test_compressed_mask_hides_what_is_above_the_diagonal():
     mask = compressed_causal_mask(torch.device("cpu"))
     assert mask.shape == (2048, 2048)

@@ -62,7 +62,16 @@ def _report_at_exit(device: Device, folder: Path) -> None:
     os._exit = report_and_leave
 
 
-def register_collectives(device: Device, name: str, *, averages: bool, not_reduced: frozenset[str]) -> None:
+class Communicator(NamedTuple):
+    """A group's backend on the device, and the backend on the host that carries it out."""
+
+    backend: Any
+    host: dist.ProcessGroupGloo
+
+
+def register_collectives(
+    device: Device, name: str, *, averages: bool, not_reduced: frozenset[str]
+) -> dict[str, Communicator]:
     """Make `name` a backend of torch.distributed for the device, staged over gloo.
 
     Args:
@@ -70,15 +79,22 @@ def register_collectives(device: Device, name: str, *, averages: bool, not_reduc
         name: for `init_process_group`.
         averages: whether ReduceOp.AVG is accepted.
         not_reduced: names of the C++ scalar types that reductions refuse, such as "Double".
+
+    Returns:
+        The groups of this process by a name of their own, filled as they are made.
     """
+    communicators: dict[str, Communicator] = {}
 
     def create(options: Any, _: Any) -> Any:
         gloo = dist.ProcessGroupGloo(
             dist.PrefixStore(f"{name}-host", options.store), options.group_rank, options.group_size, options.timeout
         )
-        return library(device).staged_backend(name, gloo, averages, not_reduced)
+        backend = library(device).staged_backend(name, gloo, averages, not_reduced)
+        communicators[f"{name}_{len(communicators)}"] = Communicator(backend, gloo)
+        return backend
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=[device])
+    return communicators
 
 
 class Properties(NamedTuple):

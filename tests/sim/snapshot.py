@@ -24,6 +24,7 @@ NPU_OPERATORS = (
     *("npu_fusion_attention", "npu_fusion_attention_grad", "npu_fusion_attention_v2", "npu_fusion_attention_grad_v2"),
     *("npu_rms_norm", "npu_rms_norm_backward", "npu_rotary_mul", "npu_rotary_mul_backward"),
     *("npu_swiglu", "npu_swiglu_backward", "npu_scaled_masked_softmax", "npu_scaled_masked_softmax_backward"),
+    "npu_mm_all_reduce_base",
 )
 HPU_OPERATORS = (
     *("sdpa_fwd", "sdpa_bwd", "sdpa_recomp_fwd", "sdpa_recomp_bwd", "rms_norm", "rms_norm_backward"),

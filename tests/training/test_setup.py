@@ -61,6 +61,24 @@ def test_kernels_for_whole_attention_are_refused_where_it_is_computed_in_pieces(
         _asked("hpu", "--op", "attention=fused_sdpa", "--context-parallel-size", "2", ranks=2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ((), "nothing to sum at --tensor-model-parallel-size 1; leave it out"),
+        (("--tensor-model-parallel-size", "2", "--sequence-parallel"), "with --sequence-parallel .* reduce-scatter"),
+        (("--tensor-model-parallel-size", "2", "--fp8-format", "e4m3"), "with --fp8-format e4m3 .* 8-bit numbers"),
+    ],
+)
+def test_a_sum_within_the_product_is_refused_where_there_is_none(flags, reason):
+    with pytest.raises(UnavailableOpError, match=f"--op matmul_all_reduce=fused: .*{reason}"):
+        _asked("npu", "--op", "matmul_all_reduce=fused", *flags, ranks=2)
+
+
+def test_a_sum_within_the_product_is_asked_for():
+    flags = ("--op", "matmul_all_reduce=fused", "--tensor-model-parallel-size", "2")
+    assert _asked("npu", *flags, ranks=2) == {"matmul_all_reduce": "fused"}
+
+
 def test_flags_that_contradict_each_other_are_refused():
     with pytest.raises(UnavailableOpError, match="--attention-backend fused asks for attention=fused_sdpa, another"):
         _asked("hpu", "--op", "attention=reference", "--use-fused-sdpa", "true")

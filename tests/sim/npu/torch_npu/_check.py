@@ -61,6 +61,18 @@ def swiglu(x: Tensor, dim: int) -> None:
     require(x.shape[dim] % 2 == 0, f"dimension {dim} must be even, not {x.shape[dim]}")
 
 
+def matmul_all_reduce(x1: Tensor, x2: Tensor, ranks: int) -> None:
+    """x1 [m, k] or [b, s, k] as it lies in memory, x2 [k, n] or a transposed view, of 16 bits; 1, 2, 4 or 8 ranks."""
+    floats(x1=x1, x2=x2)
+    require(x1.dtype != torch.float32, "x1 must be float16 or bfloat16")
+    require(x1.dim() in (2, 3) and x2.dim() == 2, f"x1 {tuple(x1.shape)} has 2 or 3 dimensions, x2 {tuple(x2.shape)} 2")
+    require(x1.shape[-1] == x2.shape[0], f"x1 {tuple(x1.shape)} and x2 {tuple(x2.shape)} do not multiply")
+    require(x1.is_contiguous(), "x1 must not be transposed")
+    require(x2.is_contiguous() or x2.t().is_contiguous(), "x2 must be contiguous or transposed")
+    require(x1.numel() > 0 and x2.numel() > 0, "neither may be empty")
+    require(ranks in (1, 2, 4, 8), f"{ranks} ranks (1, 2, 4 or 8)")
+
+
 def scaled_masked_softmax(x: Tensor, mask: Tensor, fixed_triu_mask: bool) -> None:
     """[N, C, H, W] with H and W from 32 to 4096 in steps of 32; a boolean mask that broadcasts."""
     floats(x=x)
