@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.accelerators import Accelerator, deepspeed_environment, select
 from megatron.config.run import RunConfig
 from megatron.mpu.expert_parallel import with_experts
-from megatron.mpu.groups import ProcessGroups, build_groups, single_process
+from megatron.mpu.groups import ProcessGroups, build_groups
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
 from megatron.training.report import Printers
@@ -51,19 +51,6 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         os.environ.update(deepspeed_environment(accelerator, env))
     device = accelerator.set_device(config.parallel.local_rank)
     join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    groups = _groups(config, accelerator)
-    printers = Printers.of(dist.get_rank(), dist.get_world_size())
-    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
-        printers.rank0(line)
-    return Session(
-        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
-    )
-
-
-def _groups(config: RunConfig, accelerator: Accelerator) -> ProcessGroups:
-    """The groups of this process, which is alone on a device that torch has no meshes for."""
-    if not accelerator.capabilities.device_meshes:
-        return single_process()
     parallel = config.parallel
     topology = Topology(
         parallel.world_size,
@@ -79,7 +66,13 @@ def _groups(config: RunConfig, accelerator: Accelerator) -> ProcessGroups:
         dp_replicas=_replicas(config, topology),
         kv_copies=parallel.kv_replicator,
     )
-    return with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
+    groups = with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
+    printers = Printers.of(dist.get_rank(), dist.get_world_size())
+    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
+        printers.rank0(line)
+    return Session(
+        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
+    )
 
 
 def _expert_copies(config: RunConfig) -> int | None:
