@@ -32,6 +32,8 @@ class Capabilities:
     """Starts the vendor's own profiler; what it returns stops it and says where the trace is. None: there is none."""
     step_boundary_per_micro_step: bool = False
     """Lazy runtimes gather operations into a graph: it must be cut once per micro-step."""
+    device_meshes: bool = True
+    """Torch's meshes, on which DTensor and FSDP2 stand, have groups for the device; without, a run is one process."""
 
 
 @dataclass(frozen=True)

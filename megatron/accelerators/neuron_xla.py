@@ -2,6 +2,9 @@
 
 Written to the published interface of torch_xla and never run on a chip. XLA gathers operations into a graph until it is
 cut, and compiles a graph anew whenever a shape or a Python number in it changes.
+
+A run has one core. A `DeviceMesh` of torch 2.9 makes no groups for "xla", and made for another device its groups are not
+torch_xla's: they would sum over all ranks, whatever their members. FSDP2 asks for streams that "xla" does not have.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats
+from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats, UnavailableDeviceError
 from megatron.accelerators.vendor import NO_AUTOLOAD, check_local_rank, import_problem
 
 _PACKAGE = "torch_xla"
@@ -27,7 +30,7 @@ class NeuronXla:
 
     name: str = "neuron_xla"
     torch_device_type: str = "xla"
-    collective_backend: str = "xla"
+    collective_backend: str = "gloo"
     deepspeed_name: str | None = None
     ops_module: str = "megatron.ops.neuron"
     environment: tuple[EnvVar, ...] = (
@@ -45,6 +48,7 @@ class NeuronXla:
             async_collectives=False,
             step_boundary_per_micro_step=True,
             compile_backend=None,
+            device_meshes=self.torch_device_type != "xla",
         )
 
     def unavailable_reason(self) -> str:
@@ -72,11 +76,18 @@ class NeuronXla:
         """The core of this process, which torch_xla chooses by LOCAL_RANK.
 
         Raises:
+            UnavailableDeviceError: there are several processes.
             ValueError: there is no such core, or torch_xla counts other ranks than the launcher; its collectives
                 would then return the local value without a word.
         """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and not self.capabilities.device_meshes:
+            raise UnavailableDeviceError(
+                f"--device {self.name} trains on one core, and there are {launched} processes: torch's device meshes "
+                "have no groups for PyTorch/XLA; --device neuron (Trainium 2 and 3) trains on many"
+            )
         check_local_rank(local_rank, self.device_count(), "Trainium core", "NEURON_RT_NUM_CORES")
-        launched, counted = int(os.environ.get("WORLD_SIZE", "1")), int(_runtime().world_size())
+        counted = int(_runtime().world_size())
         if launched != counted:
             raise ValueError(f"the launcher started {launched} ranks, torch_xla counts {counted}; see PJRT_DEVICE")
         device: torch.device = _xla().device()
@@ -103,8 +114,11 @@ class NeuronXla:
         _model().set_rng_state(int(state.view(torch.int64).item()))
 
     def memory_stats(self) -> MemoryStats:
-        """What the runtime reports, in bytes; it knows no allocator, so reserved is the whole memory."""
-        info = _model().get_memory_info(_xla().device())
+        """What the runtime reports, in bytes: no allocator, so reserved is the whole memory; zeros if it does not say."""
+        try:
+            info = _model().get_memory_info(_xla().device())
+        except RuntimeError:
+            return MemoryStats(allocated=0, max_allocated=0, reserved=0, max_reserved=0)
         used, limit = int(info["bytes_used"]), int(info["bytes_limit"])
         peak = int(info.get("peak_bytes_used", used))
         return MemoryStats(allocated=used, max_allocated=peak, reserved=limit, max_reserved=limit)
