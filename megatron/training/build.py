@@ -56,7 +56,6 @@ def build_engine(config: RunConfig, session: Session, arch: Architecture, probes
 
 def _build_native(config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe]) -> NativeEngine:
     settings, layout, groups = native_settings(config), stage_layout(config), session.groups
-    assert groups.mesh is not None
     plan = routing_plan(config, arch)
     stages: dict[int, GPT] = {}
     scaling = eight_bit_scaling(config, session)
@@ -65,7 +64,8 @@ def _build_native(config: RunConfig, session: Session, arch: Architecture, probe
         if groups.experts is not None and groups.experts.mesh is not None:
             experts_to_dtensors(model, groups.experts.mesh)
         _equip(model, session, scaling, probes)
-        to_dtensors(model, groups.mesh, groups.kv_mesh)
+        if groups.mesh is not None:
+            to_dtensors(model, groups.mesh, groups.kv_mesh)
         sharded = shard_data_parallel(model, model.layers.values(), groups, settings)
         model.to_empty(device=session.device)
         _initial_weights(model, config, arch, groups)
