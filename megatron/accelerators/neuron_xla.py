@@ -3,8 +3,8 @@
 Written to the published interface of torch_xla and never run on a chip. XLA gathers operations into a graph until it is
 cut, and compiles a graph anew whenever a shape or a Python number in it changes.
 
-A run has one core. A `DeviceMesh` of torch 2.9 makes no groups for "xla", and made for another device its groups are not
-torch_xla's: they would sum over all ranks, whatever their members. FSDP2 asks for streams that "xla" does not have.
+A run has one core. A `DeviceMesh` of torch 2.9 makes no groups for "xla"; made for the host, its groups of torch_xla's
+backend sum over all ranks, whatever their members. FSDP2 asks for streams that "xla" does not have.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class NeuronXla:
         _model().set_rng_state(int(state.view(torch.int64).item()))
 
     def memory_stats(self) -> MemoryStats:
-        """What the runtime reports, in bytes: no allocator, so reserved is the whole memory; zeros if it does not say."""
+        """What the runtime reports, in bytes, or zeros; it knows no allocator, so reserved is the whole memory."""
         try:
             info = _model().get_memory_info(_xla().device())
         except RuntimeError:
