@@ -3,7 +3,7 @@
 The lists below say what `megatron.model` saves with this project's operations; tests measure that they do. Bytes are
 those of one micro-batch on one rank. Legend: T = tokens of the micro-batch on this rank, S = ranks among which tokens
 are split between layers (sequence parallelism), t = tensor-parallel ranks, h=hidden, n=query heads, g=kv heads,
-d=head dim, f=ffn, v=padded vocabulary.
+d=head dim, f=ffn, v=padded vocabulary, E=experts, k=experts of a token, m=rows of all experts of a rank.
 """
 
 from __future__ import annotations
@@ -29,49 +29,69 @@ class Saved:
     bytes: int
 
 
-def layer(case: Case) -> tuple[Saved, ...]:
-    """What one layer keeps when nothing in it is recomputed as a whole."""
-    return (*_attention_block(case), *_feed_forward(case))
+def layer(case: Case, *, experts: bool = False) -> tuple[Saved, ...]:
+    """What one layer, with experts or without, keeps when nothing in it is recomputed as a whole."""
+    return (*_attention_block(case), *_feed_forward(case, experts=experts))
 
 
-def layer_bytes(case: Case) -> int:
-    """The same in bytes."""
-    return total(layer(case))
+def _layer_bytes(case: Case, stage: int) -> list[int]:
+    """The same in bytes, for each layer of a stage."""
+    kinds = case.layers_with_experts(stage)
+    size = {kind: total(layer(case, experts=kind)) for kind in set(kinds)}
+    return [size[kind] for kind in kinds]
 
 
 def stage_bytes(case: Case, stage: int) -> int:
     """What the layers of a stage keep on the device under the case's recomputation."""
     spans = case.recompute.of_stage(stage).spans(case.stages.layers[stage])
-    whole = layer_bytes(case)
-    return sum(hidden_bytes(case) if span.again else len(span.layers) * whole for span in spans if not span.on_host)
+    sizes = _layer_bytes(case, stage)
+    return sum(
+        hidden_bytes(case) if span.again else sum(sizes[number] for number in span.layers)
+        for span in spans
+        if not span.on_host
+    )
 
 
 def returned_bytes(case: Case, stage: int) -> int:
     """What comes back in the backward pass of a group of layers, from recomputation or from the host, at most."""
     spans = case.recompute.of_stage(stage).spans(case.stages.layers[stage])
-    again = sum(item.bytes for item in _in_feed_forward(case)) if case.recompute.granularity == "mlp" and spans else 0
-    whole = layer_bytes(case)
+    again = 0
+    if case.recompute.granularity == "mlp":
+        kinds = set(case.layers_with_experts(stage))
+        again = max((total(_in_feed_forward(case, experts=kind)) for kind in kinds), default=0)
+    sizes = _layer_bytes(case, stage)
     for span in spans:
         if span.again or span.on_host:
             kept = 0 if span.on_host else hidden_bytes(case)
-            again = max(again, len(span.layers) * whole - kept)
+            again = max(again, sum(sizes[number] for number in span.layers) - kept)
     return again
 
 
-def deferred_bytes(case: Case) -> int:
-    """What a layer keeps when the gradients of its weights are left for later: arguments of the products."""
+def deferred_bytes(case: Case, *, experts: bool = False) -> int:
+    """What a layer keeps when the gradients of its weights are left for later: arguments of the products.
+
+    Those of router and experts are not left for later.
+    """
     arch, t, rows = case.arch, case.tp, case.tokens
     query = rows * arch.num_heads * arch.head_dim // t * case.itemsize
     key = rows * case.kv_heads * arch.head_dim * case.itemsize
-    inner = rows * arch.ffn_hidden_size // t * case.itemsize
-    inputs = 2 * _normed(case) + query + inner
-    results = 2 * rows * arch.hidden_size * case.itemsize
+    inner = rows * dense_width(case, experts=experts) // t * case.itemsize
+    blocks = 2 if inner else 1
+    inputs = blocks * _normed(case) + query + inner
+    results = blocks * rows * arch.hidden_size * case.itemsize
     return inputs + query + 2 * key + (2 if arch.gated else 1) * inner + results
 
 
 def deferred_head_bytes(case: Case) -> int:
     """The same for the head: its input and the gradient of the logits."""
     return _normed(case) + logits_bytes(case)
+
+
+def dense_width(case: Case, *, experts: bool) -> int:
+    """Inner features of the block of a layer that every token visits; 0 = there is none beside the experts."""
+    if not experts or case.arch.experts is None:
+        return case.arch.ffn_hidden_size
+    return case.arch.experts.shared_ffn_hidden_size
 
 
 def hidden_bytes(case: Case) -> int:
@@ -183,29 +203,61 @@ def _blocked_pairs(length: int, window: int | None) -> int:
     return pairs
 
 
-def _feed_forward(case: Case) -> list[Saved]:
+def _feed_forward(case: Case, *, experts: bool) -> list[Saved]:
     found = [
         Saved("feed-forward norm: input", hidden_bytes(case)),
         Saved("feed-forward norm: row statistics", case.tokens // case.split * _statistics(case)),
-        Saved("feed-forward: input", _normed(case)),
     ]
-    if case.recompute.granularity != "mlp":
-        found += _in_feed_forward(case)
+    again = case.recompute.granularity == "mlp"
+    if again or dense_width(case, experts=experts):
+        found.append(Saved("feed-forward: input", _normed(case)))
+    if not again:
+        found += _in_feed_forward(case, experts=experts)
     if case.arch.hidden_dropout > 0.0:
         found.append(_mask(case, "feed-forward"))
     return found
 
 
-def _in_feed_forward(case: Case) -> list[Saved]:
+def _in_feed_forward(case: Case, *, experts: bool) -> list[Saved]:
     """What the feed-forward block keeps beside its input."""
-    arch = case.arch
-    inner = case.tokens * arch.ffn_hidden_size // case.tp * case.itemsize
+    dense = _inner(case, case.tokens, dense_width(case, experts=experts))
+    return [*dense, *(_in_experts(case) if experts else [])]
+
+
+def _inner(case: Case, rows: int, width: int) -> list[Saved]:
+    """What a block of `width` inner features keeps of so many rows beside its input."""
+    inner = rows * width // case.tp * case.itemsize
     found = [Saved("down: input", inner)]
-    if arch.gated:
+    if case.arch.gated:
         found.append(Saved("gate and up", 2 * inner))
-    elif arch.activation != "relu":  # ReLU's backward pass looks at its result, which the next product keeps
+    elif case.arch.activation != "relu":  # ReLU's backward pass looks at its result, which the next product keeps
         found.append(Saved("activation: input", inner))
     return found
+
+
+def _in_experts(case: Case) -> list[Saved]:
+    """What router and experts keep. The router works in float32, on all tokens of all tensor-parallel ranks."""
+    arch, experts, rows = case.arch, case.arch.experts, case.expert_rows
+    assert experts is not None
+    tokens, choices, hidden = case.tokens, case.tokens * experts.topk, arch.hidden_size
+    # A float32 model's router looks at the block's input itself, which the shared block keeps.
+    same_input = case.itemsize == 4 and case.split == 1 and experts.shared_ffn_hidden_size > 0
+    wide = (0 if same_input else 4 * tokens * hidden) + (4 * experts.count * hidden if case.itemsize == 2 else 0)
+    weights = choices * (4 + (0 if experts.pre_softmax else 4) + (case.itemsize if case.itemsize == 2 else 0))
+    orders = 8 * (rows + choices)
+    if case.ep > 1 and experts.count > case.ep:  # sorted by expert, and back
+        orders += 2 * 8 * rows
+    if arch.linear_bias:  # rows of the biases
+        orders += 8 * rows * (3 if arch.gated else 2)
+    return [
+        Saved("router: input and weight in float32", wide),
+        Saved("router: logits, scores and normalizers", tokens * (2 * experts.count + 2) * 4),
+        Saved("router: choices and their weights", 8 * choices + weights),
+        Saved("experts: order of the rows", orders),
+        Saved("experts: input", rows * hidden * case.itemsize),
+        *_inner(case, rows, experts.ffn_hidden_size),
+        Saved("experts: results of all choices", choices * hidden * case.itemsize),
+    ]
 
 
 def _mask(case: Case, where: str) -> Saved:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron.config.architecture import Architecture
 from megatron.config.derive import architecture
+from megatron.model import capacity
 from megatron.model.recompute import RecomputePlan, recompute_plan
+from megatron.model.routing import RoutingPlan
 from megatron.mpu.pipeline import StageLayout
 from megatron.mpu.schedule import ScheduleName
 from megatron.mpu.topology import Topology
 from megatron.planner.machines import Machine
+from megatron.training.routing import routing_plan
 
 AttentionKernel = Literal["fused", "masked", "weights", "blocked", "reference"]
 """What attention keeps for the backward pass:
@@ -85,6 +89,8 @@ class Case:
     """Bytes of a gradient while it is summed over micro-batches and ranks."""
     moments: int = 2
     """Float32 numbers per parameter that the optimizer keeps beside the weight: 2 for Adam."""
+    routing: RoutingPlan = field(default_factory=RoutingPlan)
+    """How tokens are shared out among experts, if there are any."""
     kernels: Kernels = field(default_factory=Kernels)
     documents: bool = False
     """Attention stays within documents; positions start anew in each."""
@@ -123,11 +129,24 @@ class Case:
         return self.topology.dp * self.topology.cp
 
     @property
+    def ep(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.topology.ep
+
+    @property
     def shards(self) -> int:
-        """Ranks over which the training state is cut."""
+        """Ranks over which the training state is cut, that of shared experts aside."""
+        return self.shards_of(experts=False)
+
+    def holders(self, *, experts: bool) -> int:
+        """Ranks that hold the same weights; `experts`: the same experts, where ranks share them."""
+        return self.data_ranks // (self.ep if experts else 1)
+
+    def shards_of(self, *, experts: bool) -> int:
+        """Ranks over which the training state of such weights is cut."""
         if self.engine == "native" and self.zero_stage == 0:
             return 1
-        return self.data_ranks // self.replicas
+        return max(1, self.holders(experts=experts) // self.replicas)
 
     @property
     def microbatches(self) -> int:
@@ -138,6 +157,26 @@ class Case:
     def tokens(self) -> int:
         """Tokens of a micro-batch on one rank, before sequence parallelism splits them."""
         return self.seq_length // self.cp * self.micro_batch
+
+    @property
+    def expert_rows(self) -> int:
+        """Rows that the experts of a rank work on in a layer: choices of a micro-batch, when all experts get equally
+        many; with a capacity at most that, and with rows that only fill up.
+        """
+        experts, routing = self.arch.experts, self.routing
+        if experts is None:
+            return 0
+        choices, factor = self.tokens * experts.topk, routing.train_capacity_factor
+        if factor is not None:
+            limit = capacity.capacity(self.tokens, experts.count, experts.topk, factor, routing.min_capacity)
+            return experts.count * limit if routing.pad else min(choices, experts.count * limit)
+        if routing.bins is not None:
+            return experts.count * capacity.rounded(math.ceil(choices / experts.count), routing.bins)
+        return choices
+
+    def layers_with_experts(self, stage: int) -> list[bool]:
+        """Whether each layer of a stage has experts."""
+        return [self.arch.has_experts(number) for number in self.stages.layers_of(stage)]
 
     @property
     def split(self) -> int:
@@ -183,6 +222,7 @@ def case_of(
             tp=settings["tensor_model_parallel_size"],
             cp=settings["ring_parallel_size"] * ulysses,
             pp=pp,
+            ep=settings["moe_expert_parallel_size"],
             ulysses=ulysses,
         ),
         sequence_parallel=settings["sequence_parallel"],
@@ -199,6 +239,7 @@ def case_of(
         micro_batch=settings["micro_batch_size"],
         global_batch=settings["global_batch_size"],
         recompute=recompute_plan(settings),
+        routing=routing_plan(settings, arch) or RoutingPlan(),
         itemsize=_ITEMSIZE[settings["params_dtype"]],
         grad_itemsize=2 if settings["grad_reduce_in_bf16"] else 4,
         moments=_moments(settings),

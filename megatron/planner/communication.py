@@ -15,12 +15,16 @@ from megatron.mpu.ulysses import copies_of_kv_heads
 from megatron.planner import activations
 from megatron.planner.case import Case
 from megatron.planner.machines import LINK_EFFICIENCY
-from megatron.planner.parameters import Unit, units_of
+from megatron.planner.parameters import Unit, held_share, units_of
 
-Axis = Literal["tensor", "heads", "context", "data", "copies", "pipeline"]
+Axis = Literal["tensor", "heads", "context", "data", "copies", "experts", "expert data", "expert copies", "pipeline"]
 """Whom a rank talks to. "heads" are tensor-parallel ranks with copies of one key-value head, "data" the ranks that
-share one copy of the training state, "copies" those that hold the same part of it."""
+share one copy of the training state, "copies" those that hold the same part of it. "experts" are ranks that share the
+experts of a layer; "expert data" and "expert copies" are to their training state what "data" and "copies" are to the
+rest."""
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
+Call = tuple[Operation, str, int, int]
+"""Operation, what is sent, bytes of each, number in a micro-batch (or in a step, for the training state)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ def step_traffic(case: Case, pipeline_rank: int) -> tuple[Traffic, ...]:
         *_tensor(case, pipeline_rank),
         *_heads(case, pipeline_rank),
         *_context(case, pipeline_rank),
+        *_experts(case, pipeline_rank),
         *data_traffic(case, units_of(case, pipeline_rank)),
         *_pipeline(case, pipeline_rank),
     )
@@ -74,7 +79,17 @@ def seconds(case: Case, axis: Axis, operation: Operation, payload: float) -> flo
     if ranks == 1 or payload == 0:
         return 0.0
     bandwidth, latency = link(case, axis)
+    if operation == "all-to-all":
+        return latency + _exchange_seconds(case, axis, payload)
     return latency + sent_once(operation, payload, ranks) / bandwidth
+
+
+def _exchange_seconds(case: Case, axis: Axis, payload: float) -> float:
+    """Time of an all-to-all without latency: to ranks of other nodes, every rank sends over its own link alone."""
+    ranks, stride = _ring(case, axis)
+    near = min(ranks, max(1, case.machine.ranks_per_node // stride))
+    inside, between = (near - 1) / case.machine.inside, (ranks - near) / case.machine.between
+    return payload / ranks * max(inside, between) / LINK_EFFICIENCY
 
 
 def link(case: Case, axis: Axis) -> tuple[float, float]:
@@ -97,13 +112,16 @@ def link(case: Case, axis: Axis) -> tuple[float, float]:
 
 def _ring(case: Case, axis: Axis) -> tuple[int, int]:
     """Ranks of a group along an axis, and how far apart they are numbered."""
-    own_copy = case.shards if case.shards > 1 else 1
+    shards, expert_shards, apart = case.shards, case.shards_of(experts=True), case.tp * case.ep
     return {
         "tensor": (case.tp, 1),
         "heads": (case.kv_copies, 1),
         "context": (case.cp, case.tp),
-        "data": (case.shards, case.tp),
-        "copies": (case.data_ranks // case.shards, case.tp * own_copy),
+        "data": (shards, case.tp),
+        "copies": (case.data_ranks // shards, case.tp * shards),
+        "experts": (case.ep, case.tp),
+        "expert data": (expert_shards, apart),
+        "expert copies": (case.holders(experts=True) // expert_shards, apart * expert_shards),
         "pipeline": (case.pp, case.topology.world_size // case.pp),
     }[axis]
 
@@ -116,17 +134,18 @@ def hidden_payload(case: Case) -> int:
 def _tensor(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
     """Tensor and sequence parallelism (arXiv:1909.08053, arXiv:2205.05198)."""
     stages = case.stages.stages_of(pipeline_rank)
-    layers = sum(case.stages.layers[stage] for stage in stages)
+    kinds = _kinds(case, stages)
     first, last = int(0 in stages), int(case.stages.last in stages)
-    inputs, results = 2 * layers + last, 2 * layers + first
+    blocks = sum(blocks_of(case, experts=kind) for kind in kinds)
+    inputs, results = blocks + last, blocks + first
     inputs_again, results_again = _again(case, stages)
     hidden = hidden_payload(case)
     if case.sequence_parallel:
-        calls: list[tuple[Operation, str, int, int]] = [
+        calls: list[Call] = [
             ("all-gather", "inputs of layers", hidden, inputs + inputs_again),
             ("reduce-scatter", "results of layers", hidden, results + results_again),
             ("all-gather", "gradients of results", hidden, results),
-            ("all-gather", "inputs of layers, for the gradients of weights", hidden, inputs),
+            ("all-gather", "inputs of layers, for the gradients of weights", hidden, inputs - sum(kinds)),
             ("reduce-scatter", "gradients of inputs", hidden, inputs),
         ]
     else:
@@ -134,7 +153,7 @@ def _tensor(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
             ("all-reduce", "results of layers", hidden, results + results_again),
             ("all-reduce", "gradients of inputs", hidden, inputs),
         ]
-    calls += _replicated(case, layers, first, last)
+    calls += _replicated(case, kinds, first, last)
     calls += [
         ("all-reduce", "loss: largest logit", case.tokens * 4, last),
         ("all-reduce", "loss: sums", case.tokens * 8, last),
@@ -156,30 +175,92 @@ def _again(case: Case, stages: Sequence[int]) -> tuple[int, int]:
     """Inputs gathered and results summed once more by recomputation, which stops before the group's last sum."""
     inputs = results = 0
     for stage in stages:
-        spans = [span for span in case.recompute.of_stage(stage).spans(case.stages.layers[stage]) if span.again]
-        run = sum(len(span.layers) for span in spans)
-        inputs, results = inputs + 2 * run, results + 2 * run - len(spans)
+        kinds = case.layers_with_experts(stage)
+        spans = [span for span in case.recompute.of_stage(stage).spans(len(kinds)) if span.again]
+        run = sum(blocks_of(case, experts=kinds[number]) for span in spans for number in span.layers)
+        inputs, results = inputs + run, results + run - len(spans)
         if case.recompute.granularity == "mlp":
-            inputs += case.stages.layers[stage]
+            blocks = sum(blocks_of(case, experts=kind) - 1 for kind in kinds)
+            inputs, results = inputs + blocks, results + blocks - len(kinds)
     return (inputs if case.sequence_parallel else 0), results
 
 
-def _replicated(case: Case, layers: int, first: int, last: int) -> list[tuple[Operation, str, int, int]]:
+def _kinds(case: Case, stages: Sequence[int]) -> list[bool]:
+    """Whether each layer of some stages has experts."""
+    return [kind for stage in stages for kind in case.layers_with_experts(stage)]
+
+
+def blocks_of(case: Case, *, experts: bool) -> int:
+    """Blocks of a layer whose inputs are gathered and whose results are summed: a block beside experts is a third."""
+    return 3 if experts and activations.dense_width(case, experts=True) else 2
+
+
+def _replicated(case: Case, kinds: Sequence[bool], first: int, last: int) -> list[Call]:
     """Gradients of parameters that all tensor-parallel ranks hold but use for some tokens or heads only."""
-    arch = case.arch
-    calls: list[tuple[Operation, str, int, int]] = []
+    arch, layers = case.arch, len(kinds)
+    calls: list[Call] = []
     weights = 2 if arch.norm == "layernorm" else 1
     if arch.qk_norm:
         heads = arch.head_dim * case.itemsize
         calls.append(("all-reduce", "gradients of query and key norms", heads, 2 * layers))
     if case.sequence_parallel:
         norms = 2 * layers + last + (first if arch.embedding_norm else 0)
-        biases = 2 * layers if arch.linear_bias else 0
+        blocks = sum(blocks_of(case, experts=kind) - kind for kind in kinds)
+        biases = blocks if arch.linear_bias else 0
         vector = arch.hidden_size * case.itemsize
         calls.append(("all-reduce", "gradients of norms and biases", vector, weights * norms + biases))
         if arch.position == "learned":
             calls.append(("all-reduce", "gradient of positions", arch.max_positions * vector, first))
+    if arch.experts is not None:
+        width = arch.hidden_size * case.itemsize
+        calls.append(("all-reduce", "gradients of routers", arch.experts.count * width, sum(kinds)))
+        if arch.linear_bias:
+            calls.append(("all-reduce", "gradients of biases", arch.experts.count // case.ep * width, sum(kinds)))
     return calls
+
+
+def _experts(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
+    """Tokens travel to the ranks of their experts and back; router losses look at all of a sequence."""
+    experts, stages = case.arch.experts, case.stages.stages_of(pipeline_rank)
+    if experts is None:
+        return []
+    forward = layers_with_experts = sum(_kinds(case, stages))
+    for stage in stages:
+        forward += experts_again(case, stage)
+    routing, samples = case.routing, case.micro_batch if case.routing.balancing == "seq_aux_loss" else 1
+    padded = routing.bins is not None or (routing.train_capacity_factor is not None and routing.pad)
+    calls: list[tuple[Axis, Operation, str, int, int]] = [
+        ("experts", "all-to-all", "tokens to experts and back", expert_payload(case), 2 * forward),
+        ("experts", "all-to-all", "their gradients", expert_payload(case), 2 * layers_with_experts),
+        ("experts", "all-to-all", "numbers of tokens", 8 * experts.count, 0 if padded else forward),
+        ("experts", "all-reduce", "most tokens of an expert", 8, forward if routing.bins is not None else 0),
+        ("context", "all-reduce", "choices of routers", 4 * experts.count * samples, forward),
+    ]
+    return [
+        Traffic(
+            axis=axis,
+            operation=operation,
+            what=what,
+            payload=payload,
+            calls=number * case.microbatches,
+            ranks=_ring(case, axis)[0],
+        )
+        for axis, operation, what, payload, number in calls
+    ]
+
+
+def expert_payload(case: Case) -> int:
+    """Rows that a rank sends to experts, when all experts get equally many."""
+    return case.expert_rows * case.arch.hidden_size * case.itemsize
+
+
+def experts_again(case: Case, stage: int) -> int:
+    """Layers of a stage whose experts are computed again in the backward pass."""
+    kinds = case.layers_with_experts(stage)
+    if case.recompute.granularity == "mlp":
+        return sum(kinds)
+    spans = case.recompute.of_stage(stage).spans(len(kinds))
+    return sum(kinds[number] for span in spans if span.again for number in span.layers)
 
 
 def _heads(case: Case, pipeline_rank: int) -> Sequence[Traffic]:
@@ -249,27 +330,35 @@ def _attention_again(case: Case, stages: Sequence[int]) -> int:
 
 def data_traffic(case: Case, units: Sequence[Unit]) -> list[Traffic]:
     """What data parallelism sends: weights are gathered, gradients reduced, over shards and over copies."""
-    shards, count = case.shards, case.microbatches
-    padded = sum(unit.shard(shards) for unit in units) * shards
-    weights, gradients = case.itemsize * padded, case.grad_itemsize * padded
-    if case.engine == "deepspeed":
-        return [_state(case, *call) for call in _deepspeed(case, padded)]
-    every = count if case.zero_stage >= 2 else 1
-    gathers = 2 * count if case.zero_stage == 3 else 1
-    return [
-        _state(case, "all-gather", "weights", weights, gathers),
-        _state(case, "reduce-scatter", "gradients", gradients, every),
-        _state(case, "all-reduce", "gradients of copies", gradients // shards, every),
-    ]
+    found = []
+    for experts in (False, True):
+        shards = case.shards_of(experts=experts)
+        padded = held_share(case, [unit for unit in units if unit.experts == experts]) * shards
+        calls = _deepspeed(case, padded) if case.engine == "deepspeed" else _native(case, padded, shards)
+        found += [_state(case, *call, experts=experts) for call in calls if padded]
+    return found
 
 
-def _state(case: Case, operation: Operation, what: str, payload: int, calls: int) -> Traffic:
-    axis: Axis = "copies" if what == "gradients of copies" else "data"
+def _state(case: Case, operation: Operation, what: str, payload: int, calls: int, *, experts: bool) -> Traffic:
+    axis: Axis = "expert data" if experts else "data"
+    if what == "gradients of copies":
+        axis = "expert copies" if experts else "copies"
     ranks, _ = _ring(case, axis)
     return Traffic(axis=axis, operation=operation, what=what, payload=payload, calls=calls, ranks=ranks)
 
 
-def _deepspeed(case: Case, elements: int) -> list[tuple[Operation, str, int, int]]:
+def _native(case: Case, elements: int, shards: int) -> list[Call]:
+    weights, gradients, count = case.itemsize * elements, case.grad_itemsize * elements, case.microbatches
+    every = count if case.zero_stage >= 2 else 1
+    gathers = 2 * count if case.zero_stage == 3 else 1
+    return [
+        ("all-gather", "weights", weights, gathers),
+        ("reduce-scatter", "gradients", gradients, every),
+        ("all-reduce", "gradients of copies", gradients // shards, every),
+    ]
+
+
+def _deepspeed(case: Case, elements: int) -> list[Call]:
     weights, count = case.itemsize * elements, case.microbatches
     if case.zero_stage == 0:
         return [("all-reduce", "gradients", 4 * elements, 1)]

@@ -7,6 +7,7 @@ the time of their memory traffic.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.planner import activations
@@ -78,37 +79,54 @@ def _best_rate(case: Case, *, fp8: bool) -> float:
     return (machine.fp32_peak if case.itemsize == 4 else machine.peak) * machine.matmul
 
 
-def column_products(case: Case) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
-    """Products that share an input: query, key and value; and the feed-forward block's one or two."""
+def column_products(case: Case, *, experts: bool = False) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+    """Products that share an input: query, key and value; and one or two of the block that every token visits."""
     arch, rows = case.arch, case.tokens
     query = arch.num_heads * arch.head_dim // case.tp
     key = Product(rows, arch.hidden_size, case.kv_heads * arch.head_dim)
-    inner = Product(rows, arch.hidden_size, arch.ffn_hidden_size // case.tp)
-    return (Product(rows, arch.hidden_size, query), key, key), (inner,) * (2 if arch.gated else 1)
+    width = activations.dense_width(case, experts=experts) // case.tp
+    inner = (Product(rows, arch.hidden_size, width),) * (2 if arch.gated else 1) if width else ()
+    return (Product(rows, arch.hidden_size, query), key, key), inner
 
 
-def row_products(case: Case) -> tuple[Product, Product]:
+def row_products(case: Case, *, experts: bool = False) -> tuple[Product, ...]:
     """Products behind attention and behind the activation."""
     arch, rows = case.arch, case.tokens
     query = arch.num_heads * arch.head_dim // case.tp
-    return Product(rows, query, arch.hidden_size), Product(rows, arch.ffn_hidden_size // case.tp, arch.hidden_size)
+    width = activations.dense_width(case, experts=experts) // case.tp
+    return tuple(Product(rows, inputs, arch.hidden_size) for inputs in (query, width) if inputs)
 
 
-def layer_forward(case: Case) -> Seconds:
-    """One layer's forward pass."""
-    qkv, inner = column_products(case)
-    products = (*qkv, *inner, *row_products(case))
+def expert_products(case: Case) -> tuple[Product, ...]:
+    """Products of the router and of all experts of a rank, which get equally many rows."""
+    arch, experts = case.arch, case.arch.experts
+    assert experts is not None
+    local = experts.count // case.ep
+    rows, inner = max(1, case.expert_rows // local), experts.ffn_hidden_size // case.tp
+    columns = (Product(rows, arch.hidden_size, inner),) * ((2 if arch.gated else 1) * local)
+    router = Product(case.tokens, arch.hidden_size, experts.count)
+    return (router, *columns, *(Product(rows, inner, arch.hidden_size),) * local)
+
+
+def layer_products(case: Case, *, experts: bool = False) -> tuple[Product, ...]:
+    """All products of a layer, with experts or without."""
+    qkv, inner = column_products(case, experts=experts)
+    return (*qkv, *inner, *row_products(case, experts=experts), *(expert_products(case) if experts else ()))
+
+
+def layer_forward(case: Case, *, experts: bool = False) -> Seconds:
+    """The forward pass of a layer, with experts or without."""
+    products = layer_products(case, experts=experts)
     matmul = sum(product_seconds(case, product, fp8=case.fp8) for product in products)
-    size = _forward_accesses(case) * case.itemsize + (_casts(case, products) if case.fp8 else 0)
+    size = _forward_accesses(case, experts=experts) * case.itemsize + (_casts(case, products) if case.fp8 else 0)
     return Seconds(matmul=matmul, attention=attention_seconds(case)[0], other=moved(case.machine, size))
 
 
-def layer_backward(case: Case) -> Seconds:
-    """One layer's backward pass, recomputation left out."""
-    qkv, inner = column_products(case)
-    products = (*qkv, *inner, *row_products(case))
+def layer_backward(case: Case, *, experts: bool = False) -> Seconds:
+    """The backward pass of a layer, with experts or without; recomputation left out."""
+    products = layer_products(case, experts=experts)
     matmul = 2 * sum(product_seconds(case, product, fp8=case.fp8) for product in products)
-    size = _backward_accesses(case) * case.itemsize + (_casts(case, products) if case.fp8 else 0)
+    size = _backward_accesses(case, experts=experts) * case.itemsize + (_casts(case, products) if case.fp8 else 0)
     return Seconds(matmul=matmul, attention=attention_seconds(case)[1], other=moved(case.machine, size))
 
 
@@ -162,45 +180,78 @@ def recomputed(case: Case, stage: int) -> Seconds:
     plan, layers = case.recompute.of_stage(stage), case.stages.layers[stage]
     if plan.granularity == "selective":
         return Seconds(attention=attention_seconds(case)[0]).times(layers)
+    kinds = case.layers_with_experts(stage)
     if plan.granularity == "mlp":
-        _, products = column_products(case)
-        matmul = sum(product_seconds(case, product, fp8=case.fp8) for product in products)
-        inner = case.tokens * case.arch.ffn_hidden_size // case.tp * case.itemsize
-        return Seconds(matmul=matmul, other=moved(case.machine, 5 * inner)).times(layers)
-    return layer_forward(case).times(plan.layers_again([layers]))
+        return sum_over(kinds, lambda experts: _feed_forward_again(case, experts=experts))
+    again = [kinds[number] for span in plan.spans(layers) if span.again for number in span.layers]
+    return sum_over(again, lambda experts: layer_forward(case, experts=experts))
 
 
-def _forward_accesses(case: Case) -> float:
+def sum_over(kinds: Sequence[bool], seconds: Callable[[bool], Seconds]) -> Seconds:
+    """Time of all layers, for each of which `kinds` says whether it has experts."""
+    result = Seconds()
+    for kind in set(kinds):
+        result += seconds(kind).times(kinds.count(kind))
+    return result
+
+
+def _feed_forward_again(case: Case, *, experts: bool) -> Seconds:
+    _, products = column_products(case, experts=experts)
+    products += expert_products(case) if experts else ()
+    matmul = sum(product_seconds(case, product, fp8=case.fp8) for product in products)
+    _, _, inner = _sizes(case, experts=experts)
+    accesses = 5 * inner + (_routing_accesses(case) if experts else 0)
+    return Seconds(matmul=matmul, other=moved(case.machine, accesses * case.itemsize))
+
+
+def _forward_accesses(case: Case, *, experts: bool) -> float:
     """Elements that the element-wise kernels of a layer's forward pass read and write.
 
     One by one: a norm reads and writes, an addition reads twice and writes, SwiGLU is two kernels, and the rotation
     takes five accesses per channel. Compiled, each of them is one pass over its arguments.
     """
-    hidden, heads, inner = _sizes(case)
+    hidden, heads, inner = _sizes(case, experts=experts)
+    routing = _routing_accesses(case) if experts else 0
     bias = 6 if case.arch.linear_bias else 0
     dropout = 6 if case.arch.hidden_dropout > 0.0 else 0
     if case.compiled:
         return 8 * hidden + 2 * heads + 3 * inner
-    return (10 + bias + dropout) * hidden + 5 * heads + 5 * inner
+    return (10 + bias + dropout) * hidden + 5 * heads + 5 * inner + routing
 
 
-def _backward_accesses(case: Case) -> float:
+def _backward_accesses(case: Case, *, experts: bool) -> float:
     """The same for the backward pass, with the sums of the gradients of inputs that several products share."""
-    hidden, heads, inner = _sizes(case)
+    hidden, heads, inner = _sizes(case, experts=experts)
+    routing = 2 * _routing_accesses(case) if experts else 0
     dropout = 6 if case.arch.hidden_dropout > 0.0 else 0
     activation = 11 if case.arch.gated else 5
     sums = (9 if case.arch.gated else 6) * hidden * case.split
     if case.compiled:
         return 10 * hidden + 2 * heads + 5 * inner + sums
-    return (14 + dropout) * hidden + 5 * heads + activation * inner + sums
+    return (14 + dropout) * hidden + 5 * heads + activation * inner + sums + routing
 
 
-def _sizes(case: Case) -> tuple[float, float, float]:
+def _routing_accesses(case: Case) -> float:
+    """Elements that router and dispatch move in a forward pass: the router widens its input to float32 and reads that;
+    rows are gathered, and results of choices gathered and weighed; ranks that share experts sort rows by expert and
+    back.
+    """
+    experts, wide = case.arch.experts, 4 / case.itemsize
+    assert experts is not None
+    sorts = 4 if 1 < case.ep < experts.count else 0
+    rows = (2 + sorts) * case.expert_rows + 3 * case.tokens * experts.topk
+    return (rows + (2 + 2 * wide) * case.tokens) * case.arch.hidden_size
+
+
+def _sizes(case: Case, *, experts: bool) -> tuple[float, float, float]:
     """Elements of hidden states between layers, of queries and keys that are rotated, and of the inner features."""
     arch, rows = case.arch, case.tokens
     rotated = arch.head_dim if arch.position == "rope" else 0
     heads = (arch.num_heads / case.tp + case.kv_heads) * rotated
-    return rows * arch.hidden_size / case.split, rows * heads, rows * arch.ffn_hidden_size / case.tp
+    inner = rows * activations.dense_width(case, experts=experts)
+    if experts and arch.experts is not None:
+        inner += case.expert_rows * arch.experts.ffn_hidden_size
+    return rows * arch.hidden_size / case.split, rows * heads, inner / case.tp
 
 
 def _casts(case: Case, products: tuple[Product, ...]) -> float:

@@ -1,7 +1,8 @@
 """Memory of a rank: what the engines keep per parameter, and the moments of a step at which most is held.
 
 N parameters on the rank, e bytes in the forward pass, g bytes per summed gradient, d ranks that share the training
-state. The native engine (FSDP2) keeps float32 master weights and moments of its share; see `megatron.training.native`:
+state: for experts that ranks share, those that hold the same ones. The native engine (FSDP2) keeps float32 master
+weights and moments of its share; see `megatron.training.native`:
 
 | stage | weights             | gradients over micro-batches | master, moments |
 |-------|---------------------|------------------------------|-----------------|
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from megatron.mpu.schedule import splits_backward
 from megatron.planner import activations
 from megatron.planner.case import Case
-from megatron.planner.parameters import Unit, units_of
+from megatron.planner.parameters import Unit, held_share, shards_of, units_of
 from megatron.planner.stages import Held, held_at_once
 
 PARTS = ("weights", "master weights", "optimizer", "gradients", "activations", "logits and loss", "working memory")
@@ -116,8 +117,8 @@ class _State:
 def _native(case: Case, units: Sequence[Unit]) -> _State:
     e, g, d = case.itemsize, case.grad_itemsize, case.shards
     layers, rest = units[:-1], units[-1]
-    whole, share = sum(unit.elements for unit in units), sum(unit.shard(d) for unit in units)
-    moments = 4 * case.moments * sum(unit.optimized(d) for unit in units)
+    whole, share = sum(unit.elements for unit in units), held_share(case, units)
+    moments = 4 * case.moments * sum(unit.optimized(shards_of(case, unit)) for unit in units)
     kept = {"master weights": 4 * share, "optimizer": moments}
     if case.data_ranks == 1 and e == 4:
         running = {"weights": 4 * share, "optimizer": moments, "gradients": 4 * share}
@@ -128,10 +129,10 @@ def _native(case: Case, units: Sequence[Unit]) -> _State:
     gathered = e * whole if case.zero_stage < 3 else e * min(whole, rest.elements + 3 * largest)
     summed = (4 * share if early else g * whole) if several else 0
     fresh = 0 if several and not early else e  # gradients as the backward pass makes them; else summed in place
-    reduced = max((unit.shard(d) for unit in layers), default=0)
+    reduced = max((held_share(case, [unit]) for unit in layers), default=0)
     buffers = (fresh + g) * largest + 4 * reduced
     end = (fresh + g) * rest.elements + 4 * rest.shard(d)
-    of_layers = 4 * sum(unit.shard(d) for unit in layers)
+    of_layers = 4 * held_share(case, layers)
     left = (4 * rest.shard(d) if early else g * rest.elements) if several else 0
     return _State(
         running=kept | {"weights": gathered, "gradients": summed},
@@ -144,9 +145,9 @@ def _native(case: Case, units: Sequence[Unit]) -> _State:
 
 def _deepspeed(case: Case, units: Sequence[Unit]) -> _State:
     """DeepSpeed 0.19: measured on its CPU accelerator, see the tests. With offload the state lies on the host."""
-    e, d, stage = case.itemsize, case.shards, case.zero_stage
+    e, stage = case.itemsize, case.zero_stage
     whole = sum(unit.elements for unit in units)
-    share = -(-whole // d)
+    share = sum(-(-unit.elements // shards_of(case, unit)) for unit in units)
     bucket = min(case.bucket, whole)
     moments = 4 * case.moments
     if stage == 0:
@@ -181,16 +182,24 @@ def _backward_of_a_layer(case: Case) -> int:
     """Gradients that live for a moment in the backward pass of a layer: those inside the feed-forward block, or the
     partial sums of the gradient of a column-parallel layer's input, whichever are more.
     """
-    inner = 2 * case.arch.ffn_hidden_size // case.tp
-    outer = (5 if case.tp > 1 else 3) * case.arch.hidden_size
-    return case.tokens * max(inner, outer) * case.itemsize
+    arch, t = case.arch, case.tp
+    outer = (5 if t > 1 else 3) * arch.hidden_size
+    dense = case.tokens * max(2 * arch.ffn_hidden_size // t, outer) * case.itemsize
+    if arch.experts is None:
+        return dense
+    results = 3 * arch.hidden_size  # of the rows, behind the experts and back where they came from
+    experts = case.expert_rows * max(2 * arch.experts.ffn_hidden_size // t, results) * case.itemsize
+    return max(dense, experts)
 
 
 def _bytes_held(case: Case, pipeline_rank: int, sets: Sequence[Held]) -> int:
     """Bytes of the activations in the largest of some sets of micro-batches, and of what was received or read."""
     stages = case.stages.stages_of(pipeline_rank)
     whole = {stage: stage_activations(case, stage) for stage in stages}
-    later = {stage: case.stages.layers[stage] * activations.deferred_bytes(case) for stage in stages}
+    later = {
+        stage: sum(activations.deferred_bytes(case, experts=kind) for kind in case.layers_with_experts(stage))
+        for stage in stages
+    }
     if case.stages.last in later:
         later[case.stages.last] += activations.deferred_head_bytes(case)
     held = max(sum(whole[at.stage] * at.running + later[at.stage] * at.deferred for at in found) for found in sets)

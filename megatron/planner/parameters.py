@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from megatron.config.architecture import Architecture
 from megatron.model.gpt import GPT
-from megatron.mpu.groups import Group, ProcessGroups
+from megatron.model.moe import MoE
+from megatron.mpu.groups import ExpertGroups, Group, ProcessGroups
 from megatron.mpu.pipeline import StageLayout
 from megatron.mpu.sharding import kv_copies
 from megatron.mpu.topology import Place, Topology
 from megatron.ops import reference_ops
 from megatron.planner.case import Case
 from megatron.training import tied
+from megatron.training.shard_experts import cut_dim
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered and reduced together: one layer, or all that is not in a layer.
+    """Parameters that are gathered and reduced together: one layer, its experts if ranks share them, or all the rest.
 
     Attributes:
-        name: "layers.3", or "rest" for embedding, final norm and head.
+        name: "layers.3", "layers.3.experts", or "rest" for embedding, final norm and head.
         shapes: local shape of each parameter.
         copies: those of them that are copies of parameters of another stage, for which the optimizer keeps nothing.
+        experts: they are experts that several ranks share, so that fewer ranks hold the same.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     copies: tuple[tuple[int, ...], ...] = ()
+    experts: bool = False
 
     @property
     def elements(self) -> int:
@@ -38,7 +43,7 @@ class Unit:
         return sum(_product(shape) for shape in self.shapes)
 
     def shard(self, ranks: int) -> int:
-        """Numbers that one of `ranks` ranks holds when every parameter is cut along dimension 0, with padding."""
+        """Numbers that one of `ranks` ranks holds when every parameter is cut, with padding."""
         return _share(self.shapes, ranks)
 
     def optimized(self, ranks: int) -> int:
@@ -46,12 +51,22 @@ class Unit:
         return _share(self.shapes, ranks) - _share(self.copies, ranks)
 
 
+def held_share(case: Case, units: Sequence[Unit]) -> int:
+    """Numbers that a rank holds of the training state of some units."""
+    return sum(unit.shard(shards_of(case, unit)) for unit in units)
+
+
+def shards_of(case: Case, unit: Unit) -> int:
+    """Ranks over which the training state of a unit is cut."""
+    return case.shards_of(experts=unit.experts)
+
+
 def units_of(case: Case, pipeline_rank: int) -> tuple[Unit, ...]:
     """The parameters of the ranks at one place of the pipeline: its layers, then the rest."""
     layers: list[Unit] = []
     rest: list[Unit] = []
     for stage in case.stages.stages_of(pipeline_rank):
-        found = _stage(case.arch, case.tp, case.stages, stage)
+        found = _stage(case.arch, case.tp, case.ep, case.stages, stage)
         layers += found[:-1]
         rest.append(found[-1])
     shapes = tuple(shape for unit in rest for shape in unit.shapes)
@@ -81,6 +96,7 @@ def rank_groups(topology: Topology, rank: int, kv_copies: int = 1) -> ProcessGro
     everyone, tp = tuple(range(topology.world_size)), along("tp")
     same_head = tp.ranks[tp.rank // kv_copies * kv_copies :][:kv_copies]
     cp, block = along("cp"), topology.ulysses
+    dp_cp, ep = along("cp", "dp"), topology.ep
     return ProcessGroups(
         topology=topology,
         place=place,
@@ -89,12 +105,19 @@ def rank_groups(topology: Topology, rank: int, kv_copies: int = 1) -> ProcessGro
         dp=along("dp"),
         cp=cp,
         pp=along("pp"),
-        ulysses=_among(cp, slice(cp.rank // block * block, (cp.rank // block + 1) * block)),
+        ulysses=_block(cp, block),
         ring=_among(cp, slice(cp.rank % block, None, block)),
-        dp_cp=along("cp", "dp"),
+        dp_cp=dp_cp,
         world=Group(ranks=everyone, rank=rank, size=len(everyone), handle=None),
         kv_copies=Group(same_head, same_head.index(rank), kv_copies, None) if kv_copies > 1 else None,
+        experts=ExpertGroups(_block(dp_cp, ep), dp_cp.size // ep, None) if ep > 1 else None,
     )
+
+
+def _block(group: Group, size: int) -> Group:
+    """This rank's block of neighbouring members of a group."""
+    first = group.rank // size * size
+    return _among(group, slice(first, first + size))
 
 
 def _among(group: Group, members: slice) -> Group:
@@ -108,14 +131,24 @@ def _moved(place: Place, axis: str, at: int) -> Place:
 
 
 @functools.cache
-def _stage(arch: Architecture, tp: int, stages: StageLayout, stage: int) -> tuple[Unit, ...]:
-    """The units of a stage; parameters do not depend on the data-parallel or context-parallel ranks."""
-    model = _meta_model(arch, rank_groups(Topology(tp, tp=tp), 0, kv_copies(arch.num_kv_heads, tp)), stages, stage)
-    layers = tuple(Unit(f"layers.{number}", _shapes(layer)) for number, layer in model.layers.items())
+def _stage(arch: Architecture, tp: int, ep: int, stages: StageLayout, stage: int) -> tuple[Unit, ...]:
+    """The units of a stage; parameters do not depend on other data-parallel or context-parallel ranks."""
+    groups = rank_groups(Topology(tp * ep, tp=tp, ep=ep), 0, kv_copies(arch.num_kv_heads, tp))
+    model = _meta_model(arch, groups, stages, stage)
+    layers = [unit for number, layer in model.layers.items() for unit in _layer(f"layers.{number}", layer, ep)]
     rest = {name: weight.shape for name, weight in model.named_parameters() if not name.startswith("layers.")}
     copied = arch.tied_embeddings and stage == stages.last > 0
     copies = (tuple(rest[tied.NAME]),) if copied else ()
     return (*layers, Unit("rest", tuple(tuple(shape) for shape in rest.values()), copies))
+
+
+def _layer(name: str, layer: torch.nn.Module, ep: int) -> Iterator[Unit]:
+    """The units of a layer: experts that `ep` ranks share are one of their own."""
+    shared: dict[str, torch.Tensor] = {}
+    if ep > 1 and isinstance(layer.mlp, MoE):
+        shared.update(layer.mlp.experts.named_parameters(prefix="mlp.experts"))
+        yield Unit(f"{name}.experts", _shapes(shared.values()), experts=True)
+    yield Unit(name, _shapes(weight for key, weight in layer.named_parameters() if key not in shared))
 
 
 def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, stage: int) -> GPT:
@@ -130,12 +163,17 @@ def _meta_model(arch: Architecture, groups: ProcessGroups, stages: StageLayout, 
     )
 
 
-def _shapes(module: torch.nn.Module) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(weight.shape) for weight in module.parameters())
+def _shapes(weights: Iterable[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(weight.shape) for weight in weights)
 
 
 def _share(shapes: tuple[tuple[int, ...], ...], ranks: int) -> int:
-    return sum(-(-shape[0] // ranks) * _product(shape[1:]) for shape in shapes)
+    return sum(_cut(shape, ranks) for shape in shapes)
+
+
+def _cut(shape: tuple[int, ...], ranks: int) -> int:
+    rows = shape[cut_dim(shape, ranks)]
+    return -(-rows // ranks) * (_product(shape) // rows)
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -89,4 +89,7 @@ def possible_case(
     resolved = resolve(request, changes)
     if resolved.impossible:
         return Refused(resolved.impossible)
-    return case_of(resolved.settings, request.vocab_size, machine, request.document), resolved
+    try:
+        return case_of(resolved.settings, request.vocab_size, machine, request.document), resolved
+    except ValueError as problem:  # capacity bins that a micro-batch cannot have
+        return Refused((str(problem),))

@@ -42,6 +42,7 @@ _SECONDS = {
     "other": "norms, activations, loss, sums",
     "recompute": "recomputation",
     "tensor": "tensor parallelism, not hidden",
+    "experts": "tokens to experts and back",
     "pipeline": "transfers between stages",
     "bubble": "pipeline bubble",
     "data": "data parallelism, not hidden",
@@ -98,6 +99,7 @@ def layout_text(case: Case) -> str:
     if case.cp > 1:
         ring = case.cp // case.ulysses
         words += [f"CP {ring}"] * (ring > 1) + [f"Ulysses {case.ulysses}"] * (case.ulysses > 1)
+    words += [f"EP {case.ep}"] * (case.ep > 1)
     chunks = f" x {case.stages.chunks}" if case.stages.chunks > 1 else ""
     words += [f"PP {case.pp}{chunks}" + (f" {case.schedule}" if case.pp > 1 else ""), f"DP {case.dp}"]
     engine = "ZeRO" if case.engine == "deepspeed" else "stage"
@@ -132,6 +134,7 @@ def _heading(case: Case, request: Request) -> list[str]:
     ]
     if len(set(case.stages.layers)) > 1:
         lines.append(f"layers of the stages: {' '.join(map(str, case.stages.layers))}")
+    lines += _experts_text(case)
     if request.assumed:
         lines.append(f"assumed: {' '.join(request.assumed)}")
     if case.itemsize == 4:
@@ -139,6 +142,19 @@ def _heading(case: Case, request: Request) -> list[str]:
     if case.kernels.attention in _ATTENTION and case.recompute.granularity == "none":
         lines.append(_ATTENTION[case.kernels.attention])
     return lines
+
+
+def _experts_text(case: Case) -> list[str]:
+    experts = case.arch.experts
+    if experts is None:
+        return []
+    active = case.arch.num_parameters(active=True) / 1e9
+    return [
+        f"experts: {experts.count // case.ep} of {experts.count} on a rank in {len(experts.layers)} layers, "
+        f"{experts.topk} for a token, {active:.2f} B parameters active",
+        f"assumed: all experts get equally many tokens, {case.expert_rows} rows of a micro-batch and layer on a rank; "
+        "ranks whose experts get more need more memory and time",
+    ]
 
 
 def _memory_lines(plan: Plan) -> list[str]:
@@ -319,6 +335,7 @@ def _layout_json(case: Case) -> dict[str, Any]:
         "cp": case.cp // case.ulysses,
         "ulysses": case.ulysses,
         "pp": case.pp,
+        "ep": case.ep,
         "dp": case.dp,
         "stages": list(case.stages.layers),
         "schedule": case.schedule,

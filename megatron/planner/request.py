@@ -96,8 +96,6 @@ def read_request(argv: Sequence[str], world_size: int) -> Request:
     options = all_options()
     words = [word for name, value in kept.items() if name in options for word in options[name].words(value)]
     config = parse([*words, *silent, *assumed, "--micro-batch-size", "1"], {})
-    if max(config.moe.num_experts) > 1:
-        raise ConfigError([f"--num-experts {max(config.moe.num_experts)}: models with experts are not planned yet"])
     preset = PRESETS.get(config.model.preset or "")
     sizes = (given.get("vocab_size"), preset.vocab_size if preset else None, config.tokenizer.vocab_size)
     rounds_batch = "global_batch_size" not in layout

@@ -87,6 +87,7 @@ def nearest(request: Request, machine: Machine, count: int = 3) -> list[Candidat
 _UNASKED: Mapping[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
+    "moe_expert_parallel_size": 1,
     "sequence_parallel": False,
     "zero_stage": 0,
     "pipeline_schedule": None,
@@ -108,6 +109,7 @@ def _neighbours(request: Request, machine: Machine) -> Iterator[tuple[dict[str, 
 def _distance(asked: Mapping[str, Any], offered: Mapping[str, Any]) -> float:
     """How much of what was asked for would have to change."""
     sizes = {"tensor_model_parallel_size": 1.0, "pipeline_model_parallel_size": 1.0, "micro_batch_size": 0.5}
+    sizes["moe_expert_parallel_size"] = 0.5
     distance: float = sum(abs(math.log2(offered[name] / asked[name])) * weight for name, weight in sizes.items())
     distance += 0.5 * abs(_share(asked) - _share({**asked, **offered})) + 0.2 * abs(
         offered["zero_stage"] - asked["zero_stage"]
@@ -131,21 +133,30 @@ def _layouts(request: Request, machine: Machine) -> Iterator[dict[str, Any]]:
     """Every layout that the given flags leave open, recomputation aside."""
     given, world = request.layout, request.world_size
     sequence = given.get("context_parallel_size", 1) * given.get("ds_sequence_parallel_size", 1)
-    micro = _MICRO_BATCHES if "--micro-batch-size" in request.assumed else (given["micro_batch_size"],)
+    assumed = "--micro-batch-size" in request.assumed
+    micro = _MICRO_BATCHES if assumed else _open(given, "micro_batch_size", _MICRO_BATCHES)
     for tp in _open(given, "tensor_model_parallel_size", _powers(min(world, machine.ranks_per_node))):
         ranks = range(1, request.values["num_layers"] + 1)
         fitting = [size for size in ranks if world % (tp * sequence * size) == 0]
         for pp in _open(given, "pipeline_model_parallel_size", fitting):
             pipelines, stages = _pipelines(request, pp), _zero_stages(request, pp)
-            for cut, size, zero in itertools.product(pipelines, micro, stages):
+            shared = _open(given, "moe_expert_parallel_size", _expert_ranks(request, world // (tp * pp)))
+            for cut, size, zero, ep in itertools.product(pipelines, micro, stages, shared):
                 yield {
                     "tensor_model_parallel_size": tp,
                     "pipeline_model_parallel_size": pp,
+                    "moe_expert_parallel_size": ep,
                     "sequence_parallel": given.get("sequence_parallel", tp > 1),
                     "micro_batch_size": size,
                     "zero_stage": zero,
                     **cut,
                 }
+
+
+def _expert_ranks(request: Request, plane: int) -> list[int]:
+    """Numbers of the data- and context-parallel ranks `plane` that can share the experts of a layer."""
+    (experts,) = set(request.values["num_experts"])
+    return [size for size in range(1, experts + 1) if experts % size == plane % size == 0]
 
 
 def _open(given: Mapping[str, Any], name: str, choices: Sequence[Any]) -> Sequence[Any]:

@@ -8,21 +8,25 @@ before. In forward, tensor parallelism waits for every collective. Overlapping i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.planner import compute
 from megatron.planner.case import Case
 from megatron.planner.communication import (
     Operation,
+    blocks_of,
     context_payloads,
     data_traffic,
+    expert_payload,
+    experts_again,
     head_payload,
     hidden_payload,
     link,
     seconds,
 )
 from megatron.planner.compute import Product, Seconds, moved, product_seconds
-from megatron.planner.parameters import units_of
+from megatron.planner.parameters import held_share, units_of
 from megatron.planner.stages import idle_passes
 from megatron.training.flops import TrainingFlops, training_flops
 
@@ -52,6 +56,8 @@ class StepTime:
     recompute: float
     tensor: float
     """Tensor-parallel and context-parallel communication that is not hidden."""
+    experts: float
+    """Tokens on their way to experts and back, which nothing hides."""
     pipeline: float
     bubble: float
     data: float
@@ -112,16 +118,17 @@ class _Pass:
     backward: Seconds
     again: Seconds
     tensor: float
-    tensor_forward: float
-    """The part of `tensor` in the forward pass."""
+    experts: float
+    sent_forward: float
+    """The part of both in the forward pass."""
 
     @property
     def forward_total(self) -> float:
-        return self.forward.total + self.tensor_forward
+        return self.forward.total + self.sent_forward
 
     @property
     def total(self) -> float:
-        return self.forward.total + self.backward.total + self.again.total + self.tensor
+        return self.forward.total + self.backward.total + self.again.total + self.tensor + self.experts
 
     @property
     def backward_total(self) -> float:
@@ -144,6 +151,7 @@ def step_time(case: Case) -> StepTime:
         other=compute_only.other + summing,
         recompute=worst.again.total * count,
         tensor=worst.tensor * count,
+        experts=worst.experts * count,
         pipeline=_transfers(case) * count,
         bubble=idle * mean,
         data=data,
@@ -154,15 +162,15 @@ def step_time(case: Case) -> StepTime:
 def _pass(case: Case, pipeline_rank: int) -> _Pass:
     """Computation and tensor-parallel communication of one micro-batch on a pipeline rank."""
     stages = case.stages.stages_of(pipeline_rank)
-    layers = sum(case.stages.layers[stage] for stage in stages)
-    forward = compute.layer_forward(case).times(layers)
-    backward = compute.layer_backward(case).times(layers)
+    kinds = [kind for stage in stages for kind in case.layers_with_experts(stage)]
+    forward = compute.sum_over(kinds, lambda experts: compute.layer_forward(case, experts=experts))
+    backward = compute.sum_over(kinds, lambda experts: compute.layer_backward(case, experts=experts))
     again = Seconds()
     for stage in stages:
         again += compute.recomputed(case, stage)
-    sent, returned, sent_again = _layer_communication(case)
-    run_again = _layers_run_again(case, pipeline_rank)
-    exposed_forward, exposed_backward = sent * layers, returned * layers + sent_again * run_again
+    exposed_forward, exposed_backward = _layers_communication(case, stages)
+    exchange = _exchange(case)
+    exchanged = sum(kinds) * exchange
     if 0 in stages:
         ahead, back = compute.embedding_seconds(case)
         forward, backward = forward + ahead, backward + back
@@ -176,29 +184,42 @@ def _pass(case: Case, pipeline_rank: int) -> _Pass:
         backward=backward,
         again=again,
         tensor=exposed_forward + exposed_backward,
-        tensor_forward=exposed_forward,
+        experts=2 * exchanged + sum(experts_again(case, stage) for stage in stages) * exchange,
+        sent_forward=exposed_forward + exchanged,
     )
 
 
-def _layers_run_again(case: Case, pipeline_rank: int) -> int:
-    stages = case.stages.stages_of(pipeline_rank)
-    return sum(case.recompute.of_stage(stage).layers_again([case.stages.layers[stage]]) for stage in stages)
+def _exchange(case: Case) -> float:
+    """The way of a layer's tokens to experts and back."""
+    return 2 * seconds(case, "experts", "all-to-all", expert_payload(case))
 
 
-def _layer_communication(case: Case) -> tuple[float, float, float]:
+def _layers_communication(case: Case, stages: Sequence[int]) -> tuple[float, float]:
+    """Communication of the layers of some stages that is not hidden, that of experts aside: forward and backward."""
+    one = {experts: _layer_communication(case, experts=experts) for experts in (False, True)}
+    forward = backward = 0.0
+    for stage in stages:
+        kinds = case.layers_with_experts(stage)
+        forward += sum(one[kind][0] for kind in kinds)
+        backward += sum(one[kind][1] for kind in kinds)
+        spans = case.recompute.of_stage(stage).spans(len(kinds))
+        backward += sum(one[kinds[number]][2] for span in spans if span.again for number in span.layers)
+    return forward, backward
+
+
+def _layer_communication(case: Case, *, experts: bool) -> tuple[float, float, float]:
     """Communication of a layer that is not hidden: forward, backward, and when it is recomputed."""
     context_forward, context_backward = _context(case)
     if case.tp == 1:
         return context_forward, context_backward, context_forward
-    forward = 2 * _one_result(case)
-    again = _one_result(case)
-    if case.sequence_parallel:
-        forward += 2 * _gather(case)
-        again += 2 * _gather(case)
-    backward = 2 * _gather(case) if case.sequence_parallel else 0.0
-    backward += 2 * seconds(case, "heads", "all-reduce", head_payload(case))
-    for products in compute.column_products(case):
+    blocks, gather = blocks_of(case, experts=experts), _gather(case) if case.sequence_parallel else 0.0
+    forward = blocks * (_one_result(case) + gather)
+    again = forward - _one_result(case)
+    backward = blocks * gather + 2 * seconds(case, "heads", "all-reduce", head_payload(case))
+    for products in filter(None, compute.column_products(case, experts=experts)):
         backward += _hidden_behind(case, products)
+    if experts:  # whose input's gradient is summed when it is complete
+        backward += _one_result(case)
     return forward + context_forward, backward + context_backward, again + context_forward
 
 
@@ -266,13 +287,14 @@ def _data(case: Case, pipeline_rank: int, one: _Pass) -> tuple[float, float]:
     """Data-parallel communication that is not hidden, and the optimizer's step."""
     units = units_of(case, pipeline_rank)
     largest = max((unit.elements for unit in units), default=0) / max(1, sum(unit.elements for unit in units))
-    exposed = 0.0
+    exposed, room = 0.0, dict[str, float]()
     for traffic in data_traffic(case, units):
         once = len(units) * seconds(case, traffic.axis, traffic.operation, traffic.payload / len(units))
-        hidden = _room(case, traffic.what, one)
+        hidden = room.get(traffic.what, _room(case, traffic.what, one))
+        room[traffic.what] = max(0.0, hidden - once)  # is left for the gradients (or weights) of experts
         # The first gathering and the last reduction have nothing to run beside.
         exposed += traffic.calls * max(once - hidden, once * largest)
-    share = sum(unit.shard(case.shards) for unit in units)
+    share = held_share(case, units)
     size = (_OPTIMIZER_BYTES if case.moments == 2 else _SGD_BYTES) * share
     step = moved(case.machine, size)
     if case.offload:

@@ -56,7 +56,7 @@ def build_engine(config: RunConfig, session: Session, arch: Architecture, probes
 
 def _build_native(config: RunConfig, session: Session, arch: Architecture, probes: Sequence[Probe]) -> NativeEngine:
     settings, layout, groups = native_settings(config), stage_layout(config), session.groups
-    plan = routing_plan(config, arch)
+    plan = routing_plan(config.values(), arch)
     stages: dict[int, GPT] = {}
     scaling = eight_bit_scaling(config, session)
     for number in layout.stages_of(groups.pp.rank):
@@ -101,7 +101,7 @@ def _build_deepspeed(
     scaling = eight_bit_scaling(config, session)
     _equip(model, session, scaling, probes)
     _initial_weights(model, config, arch, groups)
-    plan = routing_plan(config, arch)
+    plan = routing_plan(config.values(), arch)
     parts: dict[str, Any] = {
         "parameters": dict(model.named_parameters()),
         "vocab_size": arch.vocab_size,
@@ -147,7 +147,7 @@ def _model(
         last=stage == layout.last,
         recompute=plan.of_stage(stage),
         deferred=_deferred(config, layout, stage),
-        routing=routing_plan(config, arch),
+        routing=routing_plan(config.values(), arch),
         device=device,
     )
     if config.device.use_torch_compile:

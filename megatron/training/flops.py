@@ -89,15 +89,21 @@ def forward_flops(arch: Architecture, seq_length: int) -> ForwardFlops:
     )
 
 
-def _feed_forward_weights(arch: Architecture) -> int:
-    """Weights that a token is multiplied with in the feed-forward blocks of all layers, routers included."""
+def _feed_forward_weights(arch: Architecture, *, again: bool = False) -> int:
+    """Weights that a token is multiplied with in the feed-forward blocks of all layers, routers included.
+
+    Args:
+        arch: the model.
+        again: when the blocks are computed again, which leaves out the last product, but for experts.
+    """
     per_feature = (3 if arch.gated else 2) * arch.hidden_size
-    dense = (arch.num_layers - arch.expert_layers) * per_feature * arch.ffn_hidden_size
+    per_dense = per_feature - (arch.hidden_size if again else 0)
+    dense = (arch.num_layers - arch.expert_layers) * per_dense * arch.ffn_hidden_size
     if arch.experts is None:
         return dense
     experts = arch.experts
-    features = experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
-    return dense + arch.expert_layers * (arch.hidden_size * experts.count + per_feature * features)
+    visited = per_feature * experts.topk * experts.ffn_hidden_size + per_dense * experts.shared_ffn_hidden_size
+    return dense + arch.expert_layers * (arch.hidden_size * experts.count + visited)
 
 
 def training_flops(
@@ -108,7 +114,8 @@ def training_flops(
     Args:
         arch: the model.
         seq_length: tokens of a sample.
-        recompute: `selective` computes the inside of attention again; `mlp` the products before the activation;
+        recompute: `selective` computes the inside of attention again; `mlp` the products before the activation, of
+            experts all that a token visits;
             `full` whole layers (counted whole, though an implementation may stop before a layer's last product).
         recomputed_layers: how many layers that concerns, summed over pipeline stages; None is all of them.
 
@@ -122,7 +129,7 @@ def training_flops(
     per_layer = {
         "none": 0,
         "selective": forward.attention // arch.num_layers,
-        "mlp": 2 * seq_length * arch.hidden_size * arch.ffn_hidden_size * (2 if arch.gated else 1),
+        "mlp": 2 * seq_length * _feed_forward_weights(arch, again=True) // arch.num_layers,
         "full": (forward.projections + forward.attention) // arch.num_layers,
     }
     return TrainingFlops(model=3 * forward.total, recompute=per_layer[recompute] * layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,20 +15,26 @@ from megatron.mpu.local import local
 _EXPERTS_DIM, _ROWS_DIM = 0, 1
 
 
-def placement_over(shards: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Along which dimension FSDP2 cuts a parameter.
+def cut_dim(shape: Sequence[int], shards: int) -> int:
+    """Along which dimension a parameter is cut.
 
     Few ranks would get anything of experts [E, o, i] cut along E where there are more ranks than experts, so their
     rows are cut.
 
     Args:
-        shards: ranks that a parameter is cut over.
+        shape: of the parameter, as a rank has it without the cut.
+        shards: ranks that it is cut over.
     """
+    by_rows = len(shape) == 3 and shape[_EXPERTS_DIM] % shards and not shape[_ROWS_DIM] % shards
+    return _ROWS_DIM if by_rows else 0
+
+
+def placement_over(shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """What tells FSDP2 along which dimension it cuts a parameter over `shards` ranks."""
 
     def placement(parameter: nn.Parameter) -> Shard | None:
-        shape = local(parameter).shape
-        by_rows = len(shape) == 3 and shape[_EXPERTS_DIM] % shards and not shape[_ROWS_DIM] % shards
-        return Shard(_ROWS_DIM) if by_rows else None
+        dim = cut_dim(local(parameter).shape, shards)
+        return Shard(dim) if dim else None
 
     return placement
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron.config.architecture import Architecture
+from megatron.config.experts import Experts
 from megatron.config.run import RunConfig, parse
 from megatron.data.batch import Batch
 from megatron.model.recompute import RecomputePlan
@@ -39,6 +40,12 @@ GPT2 = LLAMA | {
 }
 
 
+def with_experts(arch: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A model like `arch` whose second layer alone is dense; `changes` are fields of `Experts`."""
+    shape = {"count": 8, "topk": 2, "ffn_hidden_size": 96, "layers": (0, 2)} | changes
+    return {**(arch or {}), "experts": Experts(**shape)}
+
+
 def case(
     arch: dict[str, Any] | None = None,
     *,
@@ -47,6 +54,7 @@ def case(
     pp: int = 1,
     cp: int = 1,
     ulysses: int = 1,
+    ep: int = 1,
     **changes: Any,
 ) -> Case:
     """A case of a small model; `changes` are fields of `Case`."""
@@ -59,7 +67,7 @@ def case(
     return Case(
         arch=model,
         machine=MACHINES["h100"],
-        topology=Topology(world, tp=tp, pp=pp, cp=cp, ulysses=ulysses),
+        topology=Topology(world, tp=tp, pp=pp, cp=cp, ulysses=ulysses, ep=ep),
         stages=StageLayout(pp, layers),
         recompute=recompute,
         **values,
@@ -74,6 +82,11 @@ FLAGS = (
     *("--make-vocab-size-divisible-by", "8", "--op", "attention=sdpa", "--lr", "1e-3", "--train-iters", "2"),
     *("--tokenizer-type", "NullTokenizer", "--mock-data", "--seq-length", "16", "--micro-batch-size", "1"),
 )
+EXPERT_FLAGS = (
+    *("--num-experts", "4", "--topk", "2", "--moe-layer-freq", "2", "--disable-moe-top2-2nd-expert-sampling"),
+    *("--moe-expert-capacity-factor", "1", "--moe-pad-expert-input-to-capacity", "--moe-min-capacity", "0"),
+)
+"""Experts with equally many tokens in every second layer: a fake world cannot say how many come."""
 _VOCABULARY = 512
 _CPU_LOGITS = 2**17
 

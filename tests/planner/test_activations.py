@@ -9,12 +9,15 @@ import torch
 
 from megatron.accelerators import load
 from megatron.model.gpt import GPT, ModelInputs
+from megatron.model.inputs import Auxiliary
 from megatron.model.recompute import RecomputePlan
+from megatron.model.routing import RoutingPlan
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.expert_parallel import with_experts as with_expert_groups
 from megatron.mpu.groups import build_groups
 from megatron.ops import build_table
 from megatron.planner import activations
-from tests.planner.cases import GPT2, case
+from tests.planner.cases import GPT2, case, with_experts
 from tests.planner.measure import fake_world, mark, measured
 
 SMALL_THINGS = 0.01
@@ -27,13 +30,14 @@ def _kept(plan) -> int:
     """Bytes that forward pass and loss leave behind."""
     ops, _ = build_table(load("cpu"), {"attention": _OPERATIONS[plan.kernels.attention]})
     with fake_world(plan.topology.world_size):
-        groups = build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies)
+        groups = with_expert_groups(build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies), "cpu")
         model = GPT(
             plan.arch,
             ops=ops,
             groups=groups,
             sequence_parallel=plan.sequence_parallel,
             recompute=plan.recompute.of_stage(0),
+            routing=plan.routing,
             dtype={2: torch.bfloat16, 4: torch.float32}[plan.itemsize],
         )
         for weight in model.parameters():
@@ -42,8 +46,9 @@ def _kept(plan) -> int:
             vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
         )
         tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length // plan.cp))
+        inputs = ModelInputs(dropout_seed=1, auxiliary=Auxiliary(weight=1.0, totals=torch.zeros(4)))
         with measured() as memory:
-            losses = loss(model(tokens, ModelInputs(dropout_seed=1)), tokens.transpose(0, 1))
+            losses = loss(model(tokens, inputs), tokens.transpose(0, 1))
             mark("after the forward pass")
         del losses
     return memory.held["after the forward pass"]
@@ -55,6 +60,7 @@ def _listed(plan) -> int:
     return listed + activations.rotary_bytes(plan)
 
 
+PADDED = RoutingPlan(train_capacity_factor=1.25, pad=True)
 FULL, MLP = RecomputePlan(granularity="full"), RecomputePlan(granularity="mlp")
 CASES = {
     "llama": {},
@@ -92,6 +98,27 @@ CASES = {
     "Ulysses": {"arch": {"num_kv_heads": 2}, "world": 4, "cp": 4, "ulysses": 4},
     "Ulysses, blocked attention": {"world": 2, "cp": 2, "ulysses": 2, "attention": "blocked"},
     "ring of Ulysses": {"world": 4, "cp": 4, "ulysses": 2},
+    "experts": {"arch": with_experts()},
+    "experts, float32": {"arch": with_experts(shared_ffn_hidden_size=48), "itemsize": 4},
+    "experts, one of each token": {"arch": with_experts(topk=1, pre_softmax=True)},
+    "experts, gpt2": {"arch": with_experts(GPT2)},
+    "experts, shared block": {"arch": with_experts(shared_ffn_hidden_size=48)},
+    "experts, capacity": {"arch": with_experts(), "routing": PADDED},
+    "experts, tensor parallel": {"arch": with_experts(), "world": 4, "tp": 4},
+    "experts, sequence parallel": {
+        "arch": with_experts(shared_ffn_hidden_size=48),
+        "world": 4,
+        "tp": 4,
+        "sequence_parallel": True,
+    },
+    "experts, full": {"arch": with_experts(), "recompute": RecomputePlan(granularity="full", num_layers=2)},
+    "experts, first layer": {
+        "arch": with_experts(),
+        "recompute": RecomputePlan(granularity="full", method="block", num_layers=1),
+    },
+    "experts, feed-forward": {"arch": with_experts(), "recompute": MLP},
+    "expert parallel": {"arch": with_experts(), "world": 4, "ep": 4, "routing": PADDED},
+    "one expert on each rank": {"arch": with_experts(), "world": 8, "ep": 8, "routing": PADDED},
 }
 
 

@@ -10,15 +10,18 @@ import torch
 
 from megatron.accelerators import load
 from megatron.model.gpt import GPT, ModelInputs
+from megatron.model.inputs import Auxiliary
 from megatron.model.recompute import RecomputePlan
+from megatron.model.routing import RoutingPlan
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.expert_parallel import with_experts as with_expert_groups
 from megatron.mpu.groups import build_groups
 from megatron.ops import build_table
 from megatron.planner.communication import step_traffic
 from megatron.training.build import build_engine
 from megatron.training.engine import StepSettings
 from megatron.training.setup import start
-from tests.planner.cases import GPT2, batch, case, planned
+from tests.planner.cases import EXPERT_FLAGS, GPT2, batch, case, planned, with_experts
 from tests.planner.measure import fake_world
 from tests.planner.trace import Collectives
 
@@ -33,6 +36,20 @@ MODELS = {
     "feed-forward recomputed": {"recompute": RecomputePlan(granularity="mlp"), "sequence_parallel": True},
     "copies of kv heads": {"arch": {"num_kv_heads": 2, "qkv_bias": True}, "sequence_parallel": True},
     "gpt2, sequence parallel": {"arch": GPT2 | {"qk_norm": True, "embedding_norm": True}, "sequence_parallel": True},
+    "experts": {"arch": with_experts()},
+    "experts, sequence parallel": {"arch": with_experts(), "sequence_parallel": True},
+    "experts and a shared block": {"arch": with_experts(shared_ffn_hidden_size=48), "sequence_parallel": True},
+    "experts, gpt2": {"arch": with_experts(GPT2, shared_ffn_hidden_size=48), "sequence_parallel": True},
+    "experts, recomputed": {
+        "arch": with_experts(shared_ffn_hidden_size=48),
+        "sequence_parallel": True,
+        "recompute": RecomputePlan(granularity="full", num_layers=2),
+    },
+    "experts, feed-forward recomputed": {
+        "arch": with_experts(shared_ffn_hidden_size=48),
+        "sequence_parallel": True,
+        "recompute": RecomputePlan(granularity="mlp"),
+    },
 }
 
 
@@ -46,13 +63,14 @@ def _collectives_of_the_model(plan) -> Counter:
     """Those of one micro-batch, forward and backward."""
     ops, _ = build_table(load("cpu"), {"attention": "sdpa"})
     with fake_world(4):
-        groups = build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies)
+        groups = with_expert_groups(build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies), "cpu")
         model = GPT(
             plan.arch,
             ops=ops,
             groups=groups,
             sequence_parallel=plan.sequence_parallel,
             recompute=plan.recompute,
+            routing=plan.routing,
             dtype=torch.bfloat16,
         )
         for weight in model.parameters():
@@ -61,8 +79,9 @@ def _collectives_of_the_model(plan) -> Counter:
             vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
         )
         tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length // plan.cp))
+        inputs = ModelInputs(dropout_seed=1, auxiliary=Auxiliary(weight=1.0, totals=torch.zeros(4)))
         with Collectives() as found:
-            loss(model(tokens, ModelInputs(dropout_seed=1)), tokens.transpose(0, 1)).sum().backward()
+            loss(model(tokens, inputs), tokens.transpose(0, 1)).sum().backward()
     return found.calls
 
 
@@ -84,9 +103,37 @@ def test_collectives_of_shared_sequences(name):
     assert _counted(plan, "context") == _collectives_of_the_model(plan)
 
 
+PADDED = RoutingPlan(train_capacity_factor=1.25, pad=True)
+"""In a fake world nobody says how many tokens come, but with equally many for all experts nobody asks."""
+EXPERTS = {
+    "experts": {"ep": 4},
+    "recomputed": {"ep": 4, "recompute": FULL},
+    "feed-forward recomputed": {"ep": 4, "recompute": RecomputePlan(granularity="mlp")},
+    "experts within sequences": {"ep": 2, "cp": 2},
+    "sequences within experts": {"ep": 4, "cp": 4, "recompute": FULL},
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_collectives_of_experts(name):
+    changes = {"cp": 1} | EXPERTS[name]
+    plan = case(with_experts(), world=4, routing=PADDED, global_batch=2 * 4 // changes["cp"], **changes)
+    assert _counted(plan, "experts") + _counted(plan, "context") == _collectives_of_the_model(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "shared"), [(0, 2), (1, 1), (1, 2), (2, 2), (3, 2)])
+def test_bytes_of_the_native_engine_with_experts(stage, shared, capfd):
+    _compare_bytes(stage, *EXPERT_FLAGS, "--expert-model-parallel-size", str(shared))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bytes_of_the_native_engine(stage, capfd):
-    argv = ["--bf16", "--zero-stage", str(stage), "--global-batch-size", "8"]
+    _compare_bytes(stage)
+
+
+def _compare_bytes(stage, *more):
+    argv = ["--bf16", "--zero-stage", str(stage), "--global-batch-size", "8", *more]
     config, plan = planned(argv, 4)
     with fake_world(4):
         engine = build_engine(config, start(config), plan.arch)

@@ -11,7 +11,7 @@ from megatron.planner.stages import held_at_once
 from megatron.training.build import build_engine
 from megatron.training.engine import StepSettings
 from megatron.training.setup import start
-from tests.planner.cases import batch, case, planned
+from tests.planner.cases import EXPERT_FLAGS, batch, case, planned
 from tests.planner.measure import fake_world, mark, measured
 
 TOO_LITTLE, TOO_MUCH = 0.03, 0.10
@@ -33,6 +33,7 @@ def _measured(config, plan, rank=0) -> int:
 
 
 LONG = ("--seq-length", "256", "--micro-batch-size", "2")
+SHARED_EXPERTS = (*EXPERT_FLAGS, "--expert-model-parallel-size", "2")
 STEPS = {
     "one rank, float32": (1, ("--global-batch-size", "2")),
     "one rank, bfloat16": (1, ("--bf16", "--global-batch-size", "2")),
@@ -49,6 +50,14 @@ STEPS = {
     "stage 1, one micro-batch": (4, ("--bf16", "--zero-stage", "1", "--global-batch-size", "4")),
     "stage 2": (4, ("--bf16", "--zero-stage", "2", "--global-batch-size", "8")),
     "stage 3": (4, ("--bf16", "--zero-stage", "3", "--global-batch-size", "8")),
+    "experts": (1, (*LONG, "--bf16", "--global-batch-size", "4", *EXPERT_FLAGS)),
+    "experts, stage 1": (4, (*LONG, "--bf16", "--zero-stage", "1", "--global-batch-size", "16", *EXPERT_FLAGS)),
+    "expert parallel, stage 0": (4, ("--bf16", "--zero-stage", "0", "--global-batch-size", "8", *SHARED_EXPERTS)),
+    "expert parallel, stage 1": (4, ("--bf16", "--zero-stage", "1", "--global-batch-size", "8", *SHARED_EXPERTS)),
+    "expert parallel, activations": (
+        *(4, (*LONG, "--bf16", "--zero-stage", "1", "--global-batch-size", "16", *SHARED_EXPERTS)),
+    ),
+    "expert parallel, stage 3": (4, ("--bf16", "--zero-stage", "3", "--global-batch-size", "8", *SHARED_EXPERTS)),
     "stage 3, activations": (4, (*LONG, "--bf16", "--zero-stage", "3", "--global-batch-size", "16")),
 }
 

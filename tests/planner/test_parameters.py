@@ -6,13 +6,14 @@ import time
 
 import pytest
 
+from megatron.mpu.expert_parallel import with_experts as with_expert_groups
 from megatron.mpu.groups import build_groups
 from megatron.mpu.topology import Topology
 from megatron.planner.case import case_of
 from megatron.planner.machines import MACHINES
-from megatron.planner.parameters import build_rank, rank_groups, units_of
+from megatron.planner.parameters import build_rank, held_share, rank_groups, units_of
 from megatron.planner.request import read_request, resolve
-from tests.planner.cases import GPT2, case
+from tests.planner.cases import GPT2, case, with_experts
 from tests.planner.measure import fake_world
 
 SECONDS = 20.0
@@ -34,6 +35,64 @@ def test_groups_are_those_of_a_real_world(rank):
         found, expected = getattr(mine, axis), getattr(real, axis)
         assert (found.ranks, found.rank, found.size) == (expected.ranks, expected.rank, expected.size)
     assert mine.place == real.place
+
+
+@pytest.mark.parametrize("rank", [0, 5, 13])
+def test_groups_of_experts_are_those_of_a_real_world(rank):
+    topology = Topology(16, tp=2, cp=2, ep=4)
+    mine = rank_groups(topology, rank).experts
+    with fake_world(16, rank):
+        real = with_expert_groups(build_groups(topology, "cpu"), "cpu").experts
+    assert (mine.ep.ranks, mine.ep.rank, mine.edp_size) == (real.ep.ranks, real.ep.rank, real.edp_size)
+
+
+MIXTRAL = {
+    "mixtral-8x7b": (
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --moe-expert-parallel-size 8",
+        64,
+    ),
+    "mixtral-small": ("--expert-model-parallel-size 2", 8),
+}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("preset", MIXTRAL)
+def test_any_rank_of_a_model_with_experts(preset, share):
+    flags, world = MIXTRAL[preset]
+    plan = _plan(f"--preset {preset} {flags}", world)
+    rank = int(share * (world - 1))
+    (model,) = build_rank(plan, rank)
+    units = units_of(plan, plan.topology.place(rank).pp)
+    assert sum(weight.numel() for weight in model.parameters()) == sum(unit.elements for unit in units)
+    experts = sum(weight.numel() for layer in model.layers.values() for weight in layer.mlp.experts.parameters())
+    assert experts == sum(unit.elements for unit in units if unit.experts)
+
+
+def test_experts_of_all_ranks_are_the_published_model():
+    flags, world = MIXTRAL["mixtral-8x7b"]
+    plan = _plan(f"--preset mixtral-8x7b {flags}", world)
+    units = [unit for rank in range(2) for unit in units_of(plan, rank)]
+    experts = sum(unit.elements for unit in units if unit.experts) * 2 * 8
+    rest = sum(unit.elements for unit in units if not unit.experts) * 2
+    replicated = 65 * 4096 + 32 * 8 * 4096  # norms and routers
+    padding = 2 * (plan.arch.padded_vocab_size - 32000) * 4096
+    assert experts + rest - replicated - padding == 46702792704
+
+
+def test_experts_are_cut_over_the_ranks_that_hold_the_same():
+    plan = case(with_experts(), world=8, ep=4, zero_stage=1)
+    (found,) = [unit for unit in units_of(plan, 0) if unit.name == "layers.0.experts"]
+    assert found.elements == 2 * 3 * 64 * 96
+    assert held_share(plan, [found]) == found.elements // 2
+
+
+def test_rows_of_few_experts_are_cut():
+    plan = case(with_experts(count=2), world=4, zero_stage=1)
+    layer = units_of(plan, 0)[0]
+    experts = [shape for shape in layer.shapes if len(shape) == 3]
+    assert sorted(experts) == [(2, 64, 96), (2, 96, 64), (2, 96, 64)]
+    router_padding = 64 // 2  # two rows on four ranks
+    assert layer.shard(4) == layer.elements // 4 + router_padding
 
 
 @pytest.mark.parametrize("rank", [0, 7, 16383])

@@ -29,9 +29,20 @@ def test_a_preset_is_enough():
     assert request.vocab_size == 32000
 
 
-def test_models_with_experts_are_refused():
-    with pytest.raises(ConfigError, match="--num-experts 8: models with experts are not planned yet"):
-        read_request(["--preset", "mixtral-8x7b", "--expert-model-parallel-size", "8"], 64)
+def test_experts_reach_the_case():
+    flags = "--preset mixtral-8x7b --bf16 --expert-model-parallel-size 4 --tensor-model-parallel-size 2 --zero-stage 1"
+    flags += " --seq-length 1024 --moe-expert-capacity-factor 1.25"
+    found = _case(flags, 32)
+    assert (found.ep, found.dp, found.shards, found.shards_of(experts=True)) == (4, 16, 16, 4)
+    assert found.expert_rows == 1024 * 2  # a capacity above an equal share does not fill up
+    padded = _case(f"{flags} --moe-pad-expert-input-to-capacity", 32)
+    assert padded.expert_rows == 1024 * 2 * 1.25
+
+
+def test_bins_that_cannot_be_are_a_reason():
+    flags = "--preset mixtral-small --moe-num-capacity-bins 9 --moe-capacity-bins-alignment 4096"
+    (reason,) = make_plan(read_request(flags.split(), 8), MACHINES["h100"]).reasons
+    assert reason.startswith("--moe-num-capacity-bins 9")
 
 
 def test_long_positions_do_not_mean_long_sequences():

@@ -76,6 +76,19 @@ def test_nearest_to_a_layout_that_does_not_fit():
     assert all(one.needed <= H100.usable for one in offers)
 
 
+def test_the_nearest_layout_may_have_another_micro_batch():
+    request = _request("--preset llama2-7b --bf16 --micro-batch-size 64 --use-distributed-optimizer", 8)
+    assert all(one.case.micro_batch < 64 for one in nearest(request, H100, 1))
+
+
+def test_ranks_that_share_experts():
+    request = _request("--preset mixtral-small --bf16 --pipeline-model-parallel-size 2 --micro-batch-size 1", 16)
+    found = search(request, H100)
+    assert {(one.case.tp, one.case.ep) for one in found} == {
+        *((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)),
+    }
+
+
 @pytest.mark.slow
 def test_sometimes_nothing_fits():
     request = _request("--preset llama3.1-405b --bf16", 8)

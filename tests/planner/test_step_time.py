@@ -56,6 +56,33 @@ def test_products_are_the_operations_that_are_counted():
     assert 32 * per_layer + head + attention == training_flops(plan.arch, 4096).model
 
 
+@pytest.mark.parametrize("more", ["", "--moe-layer-freq 4 --moe-shared-expert-intermediate-size 2048"])
+def test_products_of_experts_are_the_operations_that_are_counted(more):
+    plan = _plan(f"--preset mixtral-8x7b --bf16 --seq-length 4096 --expert-model-parallel-size 4 {more}", 8)
+    layers = [compute.layer_products(plan, experts=experts) for experts in plan.layers_with_experts(0)]
+    products = sum(3 * 2 * one.rows * one.inputs * one.outputs for products in layers for one in products)
+    head = 3 * 2 * 4096 * 4096 * plan.arch.padded_vocab_size
+    attention = 3 * 4 * (4096 * 4097 // 2) * 4096 * 32
+    assert products + head + attention == training_flops(plan.arch, 4096).model
+
+
+def test_tokens_to_other_nodes_share_no_links():
+    plan = _plan("--preset mixtral-8x7b --bf16 --tensor-model-parallel-size 4 --expert-model-parallel-size 8", 32)
+    between, inside = plan.machine.between * LINK_EFFICIENCY, plan.machine.inside * LINK_EFFICIENCY
+    _, latency = link(plan, "experts")
+    away = 6 / 8  # two ranks of the group are in each node
+    assert seconds(plan, "experts", "all-to-all", 8e9) == pytest.approx(latency + away * 8e9 / between, rel=EXACT)
+    near = _plan("--preset mixtral-8x7b --bf16 --expert-model-parallel-size 8", 32)
+    _, latency = link(near, "experts")
+    assert seconds(near, "experts", "all-to-all", 8e9) == pytest.approx(latency + 7e9 / inside, rel=EXACT)
+
+
+def test_experts_that_travel_further_take_longer():
+    flags = "--preset mixtral-8x7b --bf16 --global-batch-size 64 --expert-model-parallel-size "
+    alone, near, far = (step_time(_plan(flags + more, 32)) for more in ("1", "8", "8 --tensor-model-parallel-size 4"))
+    assert alone.experts == 0.0 < near.experts < far.experts
+
+
 def test_utilisation_is_that_of_the_training_log():
     plan = _plan(SEVEN + "--recompute-granularity full", 8)
     found = speed(plan)
