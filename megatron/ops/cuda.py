@@ -2,7 +2,8 @@
 
 The packages are imported when a kernel is called, never before. Their signatures, as published:
 flash-attn 2 `flash_attn.flash_attn_func` and `flash_attn_varlen_func`; flash-attn 3 the same names in
-`flash_attn_interface`; apex `apex.normalization.fused_layer_norm`; Liger `liger_kernel.ops`.
+`flash_attn_interface`; apex `apex.normalization.fused_layer_norm`; Liger `liger_kernel.ops`; Transformer Engine in
+`engine_norms`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import attention_blocks, flash_blocks, float8, portable, reference, scaled_mm
+from megatron.ops import attention_blocks, engine_norms, flash_blocks, float8, portable, reference, scaled_mm
 from megatron.ops.registry import Implementation, implements
 
 _LARGEST_FLASH_HEAD = 256
@@ -248,8 +249,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.rms_norm,
     apex_rms_norm,
     liger_rms_norm,
+    engine_norms.rms_norm,
     layer_norm,
     apex_layer_norm,
+    engine_norms.layer_norm,
     portable.rotary,
     portable.swiglu,
     liger_swiglu,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.accelerators import Accelerator, deepspeed_environment, select
 from megatron.config.run import RunConfig
 from megatron.mpu.expert_parallel import with_experts
-from megatron.mpu.groups import ProcessGroups, build_groups
+from megatron.mpu.groups import ProcessGroups, build_groups, single_process
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
 from megatron.training.report import Printers
@@ -46,11 +46,26 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     _quiet_dependencies()
     accelerator = select(config.device.device)
     backend = _backend(config, accelerator)
-    ops, op_lines = build_table(accelerator, asked_implementations(config, accelerator))
+    asked = asked_implementations(config, accelerator)
+    ops, op_lines = build_table(accelerator, asked)
+    op_lines += engine_lines(config, asked)
     if config.deepspeed.deepspeed:
         os.environ.update(deepspeed_environment(accelerator, env))
     device = accelerator.set_device(config.parallel.local_rank)
     join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    groups = _groups(config, accelerator)
+    printers = Printers.of(dist.get_rank(), dist.get_world_size())
+    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
+        printers.rank0(line)
+    return Session(
+        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
+    )
+
+
+def _groups(config: RunConfig, accelerator: Accelerator) -> ProcessGroups:
+    """The groups of this process, which is alone on a device that torch has no meshes for."""
+    if not accelerator.capabilities.device_meshes:
+        return single_process()
     parallel = config.parallel
     topology = Topology(
         parallel.world_size,
@@ -66,13 +81,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         dp_replicas=_replicas(config, topology),
         kv_copies=parallel.kv_replicator,
     )
-    groups = with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
-    printers = Printers.of(dist.get_rank(), dist.get_world_size())
-    for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
-        printers.rank0(line)
-    return Session(
-        accelerator=accelerator, device=device, groups=groups, ops=ops, op_lines=tuple(op_lines), printers=printers
-    )
+    return with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
 
 
 def _expert_copies(config: RunConfig) -> int | None:
@@ -138,6 +147,16 @@ def _no_all_reduce(config: RunConfig) -> str:
     if config.precision.fp8_format is not None:
         return f"with --fp8-format {config.precision.fp8_format} such layers compute with 8-bit numbers"
     return ""
+
+
+def engine_lines(config: RunConfig, asked: Mapping[str, str]) -> list[str]:
+    """What `--transformer-impl transformer_engine` comes to, for the log; nothing without it."""
+    if config.device.transformer_impl != "transformer_engine":
+        return []
+    return [
+        f"--transformer-impl transformer_engine: 8-bit products by {asked['make_linear']}; layers and scales are this "
+        "program's own"
+    ]
 
 
 _COMPILED = ("rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "bias_gelu")

@@ -172,6 +172,64 @@ def apex_fused_layer_norm() -> types.ModuleType:
     return module
 
 
+ENGINE_DTYPES = {torch.float32: "kFloat32", torch.bfloat16: "kBFloat16", torch.float16: "kFloat16"}
+
+
+def transformer_engine_constants() -> types.ModuleType:
+    """transformer_engine.pytorch.constants of Transformer Engine 2."""
+    module = types.ModuleType("transformer_engine.pytorch.constants")
+    module.TE_DType = ENGINE_DTYPES
+    return module
+
+
+def _engine_arguments(*tensors: torch.Tensor) -> None:
+    x, *others = tensors
+    assert x.dim() == 2
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    assert {tensor.dtype for tensor in others} == {x.dtype}
+
+
+def transformer_engine_torch() -> types.ModuleType:
+    """The compiled functions of Transformer Engine 2, whose gradients take what the forward ones returned."""
+    module = types.ModuleType("transformer_engine_torch")
+
+    def rmsnorm_fwd(input, weight, eps, ln_out, quantizer, otype, sm_margin, zero_centered_gamma):
+        assert (ln_out, quantizer, otype, sm_margin) == (None, None, ENGINE_DTYPES[input.dtype], 0)
+        assert zero_centered_gamma is False
+        _engine_arguments(input, weight)
+        rsigma = input.float().pow(2).mean(-1).add(eps).rsqrt()
+        return (input.float() * rsigma[:, None] * weight.float()).to(input.dtype), None, rsigma
+
+    def rmsnorm_bwd(dz, x, rsigma, gamma, sm_margin, zero_centered_gamma):
+        assert (sm_margin, zero_centered_gamma, rsigma.shape) == (0, False, x.shape[:1])
+        _engine_arguments(dz, x, gamma)
+        normed, scaled = x.float() * rsigma[:, None], dz.float() * gamma.float()
+        dx = rsigma[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+        return [dx.to(x.dtype), (dz.float() * normed).sum(0).to(gamma.dtype)]
+
+    def layernorm_fwd(input, weight, bias, eps, ln_out, quantizer, otype, sm_margin, zero_centered_gamma):
+        assert (ln_out, quantizer, otype, sm_margin) == (None, None, ENGINE_DTYPES[input.dtype], 0)
+        assert zero_centered_gamma is False
+        _engine_arguments(input, weight, bias)
+        mu = input.float().mean(-1)
+        rsigma = input.float().var(-1, correction=0).add(eps).rsqrt()
+        normed = (input.float() - mu[:, None]) * rsigma[:, None]
+        return (normed * weight.float() + bias.float()).to(input.dtype), mu, rsigma
+
+    def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma):
+        assert (sm_margin, zero_centered_gamma, mu.shape, rsigma.shape) == (0, False, x.shape[:1], x.shape[:1])
+        _engine_arguments(dz, x, gamma)
+        normed, scaled = (x.float() - mu[:, None]) * rsigma[:, None], dz.float() * gamma.float()
+        centred = scaled - scaled.mean(-1, keepdim=True)
+        dx = rsigma[:, None] * (centred - normed * (scaled * normed).mean(-1, keepdim=True))
+        return [dx.to(x.dtype), (dz.float() * normed).sum(0).to(gamma.dtype), dz.float().sum(0).to(gamma.dtype)]
+
+    module.__dict__.update(
+        rmsnorm_fwd=rmsnorm_fwd, rmsnorm_bwd=rmsnorm_bwd, layernorm_fwd=layernorm_fwd, layernorm_bwd=layernorm_bwd
+    )
+    return module
+
+
 def liger_rms_norm() -> types.ModuleType:
     """liger_kernel.ops.rms_norm."""
     module = types.ModuleType("liger_kernel.ops.rms_norm")

@@ -7,7 +7,7 @@ import pytest
 from megatron import accelerators
 from megatron.config.run import parse
 from megatron.ops import UnavailableOpError
-from megatron.training.setup import asked_implementations
+from megatron.training.setup import SetupError, asked_implementations, engine_lines
 from tests.parity import MODEL, TRAINING
 
 FLAGS = (*MODEL, *TRAINING, "--mock-data", "--train-iters", "1")
@@ -77,6 +77,31 @@ def test_a_sum_within_the_product_is_refused_where_there_is_none(flags, reason):
 def test_a_sum_within_the_product_is_asked_for():
     flags = ("--op", "matmul_all_reduce=fused", "--tensor-model-parallel-size", "2")
     assert _asked("npu", *flags, ranks=2) == {"matmul_all_reduce": "fused"}
+
+
+def test_the_log_says_what_computes_in_place_of_a_transformer_engine():
+    config = parse([*FLAGS, "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], {})
+    (line,) = engine_lines(config, {"make_linear": "scaled_mm"})
+    assert line.startswith("--transformer-impl transformer_engine: 8-bit products by scaled_mm;")
+    assert engine_lines(parse(FLAGS, {}), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("cpu", "--transformer-impl transformer_engine: cpu has none; leave it out"),
+        ("npu", "--fp8-format hybrid: npu does not compute with 8-bit numbers here; leave it out"),
+    ],
+)
+def test_a_transformer_engine_is_refused_where_there_is_none(device, reason):
+    with pytest.raises(SetupError, match=f"^{reason}$"):
+        _asked(device, "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine")
+
+
+@pytest.mark.skipif(not accelerators.load("cuda").capabilities.float8, reason="needs a GPU with 8-bit products")
+def test_on_gpus_a_transformer_engine_is_torchs_products():
+    asked = _asked("cuda", "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine")
+    assert asked == {"make_linear": "scaled_mm"}
 
 
 def test_flags_that_contradict_each_other_are_refused():
