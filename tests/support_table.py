@@ -20,7 +20,8 @@ SIMULATED = ("hpu", "npu", "neuron")
 
 EVIDENCE = {
     "hardware": "the real device computes. GPUs: where the tests find one; elsewhere they are skipped and say so",
-    "vendor software": "the vendor's own package without its chip: schemas, shapes and gradients, no numbers",
+    "vendor software": "the vendor's own package without its chip: schemas, shapes and gradients; numbers from "
+    "PyTorch/XLA only, on its CPU",
     "simulated": "torch takes it for real, the vendor's package is faked: [what that shows](simulated-devices.md)",
     "contract": "calls are compared with published names and signatures; nothing is computed on the device",
     "refused": "cannot be had on the device, and the message says so",
@@ -76,6 +77,14 @@ FEATURES = (
         {
             "cpu": "tests/training/test_parity.py::test_every_layout_and_engine_equals_one_process",
             **_on(SIMULATED, f"{_RUNS}test_run_equals_the_cpus"),
+            "neuron_xla": "!tests/accelerators/test_neuron_xla.py::test_several_processes_are_refused",
+        },
+    ),
+    Feature(
+        "training on one core, and going on from a checkpoint of the CPU",
+        {
+            "neuron_xla": "tests/accelerators/test_xla_compilation.py::"
+            "test_the_trainer_gives_the_losses_of_the_cpu_and_goes_on_from_its_checkpoints",
         },
     ),
     Feature(
@@ -117,8 +126,8 @@ FEATURES = (
         "lazy mode: graphs cut once per micro-step",
         {
             "hpu": f"{_RUNS}test_lazy_gaudi_cuts_its_graph_once_per_micro_step_and_update",
-            "neuron_xla": "tests/accelerators/test_neuron_xla.py::"
-            "test_the_graph_is_cut_after_every_micro_step_and_waited_for_when_asked",
+            "neuron_xla": "tests/accelerators/test_xla_compilation.py::"
+            "test_steps_are_compiled_once_and_give_the_losses_of_plain_torch",
         },
     ),
     Feature(
@@ -140,7 +149,7 @@ def evidence(device: str, test: str) -> str:
     """The word for how strong a test is."""
     if test.startswith("!"):
         return "refused"
-    if "test_npu_contract" in test:
+    if "test_npu_contract" in test or "test_xla_compilation" in test:
         return "vendor software"
     if device in SIMULATED or test.startswith(("tests/sim/", "tests/patches/")):
         return "simulated"

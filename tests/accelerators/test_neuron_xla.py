@@ -70,6 +70,13 @@ def _other_world(folder: str) -> str:
     return str(refusal.value)
 
 
+def _several(folder: str) -> str:
+    sys.path.insert(0, folder)
+    with pytest.raises(accelerators.UnavailableDeviceError) as refusal:
+        accelerators.select("neuron_xla").set_device(0)
+    return str(refusal.value)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     for name, text in STAND_IN.items():
@@ -92,3 +99,8 @@ def test_ranks_that_torch_xla_does_not_count_are_refused(folder):
     env = {"PJRT_DEVICE": "NEURON", "STAND_IN_WORLD_SIZE": "4"}
     (message,) = run_ranks(1, _other_world, folder, env=env, init=False)
     assert "the launcher started 1 ranks, torch_xla counts 4" in message
+
+
+def test_several_processes_are_refused(folder):
+    for message in run_ranks(2, _several, folder, env={"PJRT_DEVICE": "NEURON"}, init=False):
+        assert "trains on one core, and there are 2 processes" in message and "--device neuron " in message
