@@ -39,6 +39,25 @@ def ranks_share_experts(
     return None
 
 
+def copies_of_experts_divide(
+    num_distributed_optimizer_instances: int,
+    moe_expert_parallel_size: int,
+    data_parallel_size: int,
+    context_parallel_size: int,
+    ds_sequence_parallel_size: int,
+) -> str | None:
+    """Copies of the training state are whole ones for experts, too, which fewer ranks hold."""
+    copies = num_distributed_optimizer_instances
+    plane = data_parallel_size * context_parallel_size * ds_sequence_parallel_size
+    holders = plane // moe_expert_parallel_size
+    if moe_expert_parallel_size == 1 or plane % moe_expert_parallel_size or holders % copies == 0:
+        return None
+    return (
+        f"--num-distributed-optimizer-instances {copies}: must divide {holders}, the ranks that hold the same experts "
+        f"with --moe-expert-parallel-size {moe_expert_parallel_size}"
+    )
+
+
 def experts_split(
     num_experts: tuple[int, ...],
     moe_ffn_hidden_size: int | None,
@@ -127,6 +146,7 @@ def experts_have_changing_shapes(num_experts: tuple[int, ...], use_torch_compile
 RULES: tuple[Rule, ...] = (
     layers_have_equally_many_experts,
     ranks_share_experts,
+    copies_of_experts_divide,
     experts_split,
     tokens_have_enough_experts,
     layers_with_experts_are_known,

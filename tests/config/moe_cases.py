@@ -16,6 +16,12 @@ TABLE = (
         "--moe-expert-parallel-size 4: divide 2, data-parallel",
     ),
     (
+        E.copies_of_experts_divide,
+        "--num-experts 4 --moe-expert-parallel-size 4 --zero-stage 1 --num-distributed-optimizer-instances 2",
+        "",
+        "--num-distributed-optimizer-instances 2: divide 1, --moe-expert-parallel-size 4",
+    ),
+    (
         E.experts_split,
         "--num-experts 4 --tensor-model-parallel-size 2 --moe-ffn-hidden-size 33",
         "",

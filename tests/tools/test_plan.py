@@ -42,6 +42,10 @@ CASES = {
         "--account-for-loss-in-pipeline-split --sequence-parallel --use-distributed-optimizer "
         "--recompute-granularity full --recompute-method block --recompute-num-layers 2"
     ),
+    "Mixtral 8x7B on 64 H100": (
+        "--preset mixtral-8x7b --world-size 64 --machine h100 --bf16 --seq-length 4096 --use-flash-attn "
+        "--pipeline-model-parallel-size 2 --expert-model-parallel-size 8 --use-distributed-optimizer"
+    ),
 }
 
 
