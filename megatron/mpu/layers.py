@@ -20,7 +20,7 @@ from megatron.mpu.eight_bit import EightBitLinear
 from megatron.mpu.groups import Group
 from megatron.mpu.local import local
 from megatron.mpu.mappings import copy_to_region, gather_sequence, reduce_from_region, reduce_scatter_sequence
-from megatron.ops import Ops
+from megatron.ops import Ops, portable
 
 
 def replicated(parameter: Tensor, group: Group, *, partial_grad: bool) -> Tensor:
@@ -288,7 +288,9 @@ class RowParallelLinear(SplitLayer):
         """The sum of the ranks' products [s, b, o]; with sequence parallelism this rank's product alone."""
         if self.sequence_parallel or self.group.size == 1:
             return self.product(x, weight)
-        if self.training and self.eight_bit is not None:
+        two_steps = self._ops.matmul_all_reduce is portable.matmul_all_reduce.function
+        if two_steps or (self.training and self.eight_bit is not None):
+            # Apart, so that recomputation ends before the sum, of which backward needs nothing.
             return reduce_from_region(self.product(x, weight), self.group)
         return _RowParallel.apply(x, weight, self.group, self._ops.matmul_all_reduce)
 
