@@ -30,7 +30,7 @@ class NeuronXla:
 
     name: str = "neuron_xla"
     torch_device_type: str = "xla"
-    collective_backend: str = "gloo"
+    collective_backend: str = "gloo"  # for a process that is alone, with objects of the host
     deepspeed_name: str | None = None
     ops_module: str = "megatron.ops.neuron"
     environment: tuple[EnvVar, ...] = (
