@@ -146,9 +146,10 @@ def _native(case: Case, units: Sequence[Unit]) -> _State:
 def _deepspeed(case: Case, units: Sequence[Unit]) -> _State:
     """DeepSpeed 0.19: measured on its CPU accelerator, see the tests. With offload the state lies on the host."""
     e, stage = case.itemsize, case.zero_stage
-    whole = sum(unit.elements for unit in units)
+    kinds = [sum(unit.elements for unit in units if unit.experts == experts) for experts in (False, True)]
+    whole = sum(kinds)
     share = sum(-(-unit.elements // shards_of(case, unit)) for unit in units)
-    bucket = min(case.bucket, whole)
+    bucket = min(case.bucket, max(kinds))  # shared experts are reduced apart from the rest
     moments = 4 * case.moments
     if stage == 0:
         running = {"weights": 4 * whole, "optimizer": moments * whole, "gradients": 4 * whole}

@@ -104,6 +104,8 @@ DEEPSPEED = {
     "ZeRO-2": (4, ("--bf16", "--zero-stage", "2")),
     "ZeRO-2, float32": (4, ("--zero-stage", "2")),
     "ZeRO-3": (1, ("--bf16", "--zero-stage", "3")),
+    "ZeRO-1, expert parallel": (4, ("--bf16", "--zero-stage", "1", *SHARED_EXPERTS)),
+    "ZeRO-2, expert parallel": (4, ("--bf16", "--zero-stage", "2", *SHARED_EXPERTS)),
 }
 
 
