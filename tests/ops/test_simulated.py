@@ -21,6 +21,8 @@ COPIES = {
     ("neuron", "adamw", "compiled"): "the same",
 }
 """Kernels that may copy to the device, and why."""
+READS = {"grouped_matmul": "the host cuts the rows of the groups apart, of which it has to know how many there are"}
+"""Operations that read numbers of the device once, and why."""
 
 
 @functools.cache
@@ -39,7 +41,7 @@ def test_kernel_is_right_and_stays_on_the_device(device, op, name, dtype):
     finding = _found(device)[op, name, dtype]
     assert finding.error <= tolerance[dtype]
     for counts in finding.counts:
-        assert (counts.to_host, counts.host_reads) == (0, {})
+        assert (counts.to_host, counts.host_reads) == (int(op in READS), {})
         assert counts.to_device == 0 or (device, op, name) in COPIES
         if device != "neuron":  # its vendor publishes no table of operators
             assert sorted(counts.torch_operators() - set(snapshot.read(device)["native"])) == []
