@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, portable, reference
+from megatron.ops import attention_blocks, grouped_mm, portable, reference
 from megatron.ops.blocked_attention import blocked_attention
 from megatron.ops.registry import Implementation, implements
 
 attention = implements(reference.attention, name="blocked", tolerance=portable.ATTENTION_TOLERANCE)(blocked_attention)
+
+grouped_matmul = implements(
+    reference.grouped_matmul,
+    name="grouped_mm",
+    tolerance=grouped_mm.TOLERANCE,
+    why_unavailable=grouped_mm.why_unavailable,
+)(grouped_mm.grouped_matmul)
 
 _CACHED_LOGITS = 2**17
 """Per thread: half a MiB of float32 logits stays in a core's cache."""
@@ -33,6 +40,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.swiglu,
     portable.geglu,
     portable.grouped_matmul,
+    grouped_matmul,
     portable.matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,

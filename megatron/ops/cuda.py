@@ -15,12 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import attention_blocks, engine_norms, flash_blocks, float8, portable, reference, scaled_mm
+from megatron.ops import (
+    attention_blocks,
+    engine_norms,
+    flash_blocks,
+    float8,
+    grouped_mm,
+    portable,
+    reference,
+    scaled_mm,
+)
 from megatron.ops.registry import Implementation, implements
 
 _LARGEST_FLASH_HEAD = 256
 _HOPPER = 9  # major compute capability
 _EIGHT_BIT = (8, 9)  # compute capability of Ada
+_GROUPED = (8, 0)  # compute capability of Ampere: the page of torch.nn.functional.grouped_mm
 _CHUNK_LOGITS = 2**26
 """A quarter GiB of float32 logits at a time: large enough to fill the GPU, small beside the logits themselves."""
 
@@ -236,6 +246,20 @@ def make_linear(in_features: int, out_features: int, formats: float8.Formats) ->
     return scaled_mm.make(in_features, out_features, formats)
 
 
+def _grouped_unavailable() -> str:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= _GROUPED:
+        return grouped_mm.why_unavailable()
+    return "torch multiplies groups of rows on GPUs from compute capability 8.0 on"
+
+
+grouped_matmul = implements(
+    reference.grouped_matmul,
+    name="grouped_mm",
+    tolerance=grouped_mm.TOLERANCE,
+    why_unavailable=_grouped_unavailable,
+)(grouped_mm.grouped_matmul)
+
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.sdpa_attention,
     flash_attention,
@@ -258,6 +282,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     liger_swiglu,
     portable.geglu,
     portable.grouped_matmul,
+    grouped_matmul,
     portable.matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
