@@ -19,7 +19,7 @@ from megatron.planner.published import PUBLISHED, compare
 from megatron.planner.request import Request, read_request
 from megatron.planner.search import Candidate, nearest, search
 
-_SECTIONS = ("model", "parallel", "precision", "equivalents")
+_SECTIONS = ("model", "parallel", "moe", "precision", "equivalents")
 _OTHERS = (
     *("seq_length", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "reset_attention_mask"),
     *("micro_batch_size", "global_batch_size", "recompute_granularity", "recompute_method", "recompute_num_layers"),
