@@ -159,8 +159,8 @@ def test_llama_through_pytorch_xla(clone, tmp_path):
     cpu = launch(TRAINIUM_LLAMA, tmp_path / "cpu", "one", device=None, root=clone)
     _apply(clone, "neuron_xla.diff")
     xla = {"PJRT_DEVICE": "NEURON", "PYTHONPATH": f"{ROOT}/tests/sim/xla:{environment('neuron')['PYTHONPATH']}"}
-    run = launch(TRAINIUM_LLAMA, tmp_path / "xla", "TP2 PP2", device="neuron", root=clone, DEVICE="cuda", **xla)
-    assert "device: cuda, " in run.output and "trn1 through PyTorch/XLA; collectives: xla" in run.output
+    run = launch(TRAINIUM_LLAMA, tmp_path / "xla", "one", device="neuron", root=clone, DEVICE="cuda", **xla)
+    assert "device: cuda, " in run.output and "trn1 through PyTorch/XLA; " in run.output
     print(_compare(cpu, run))
     for counts in run.counts:
         assert counts.kernels and counts.events["sync"] >= STEPS
