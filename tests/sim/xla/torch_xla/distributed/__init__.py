@@ -1,1 +1,0 @@
-"""SIMULATION of torch_xla.distributed."""
