@@ -60,9 +60,9 @@ def test_gaudi_script_trains_on_a_cpu_when_told_to(tmp_path):
 
 @pytest.mark.slow
 def test_refusal_of_the_trainer_is_what_the_user_sees():
-    done = _run("hpu/run_llama.sh", "--dry-run", HL_USE_TRANSFORMER_ENGINE="1")
+    done = _run("hpu/run_llama.sh", "--dry-run", HL_MICRO_BATCH="3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --") and "--transformer-impl transformer_engine: " in done.stderr
+    assert done.stderr.startswith("error: --") and "must be a multiple of 6 = --micro-batch-size 3" in done.stderr
 
 
 def test_tuning_needs_weights():
