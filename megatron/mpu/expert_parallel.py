@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megatron.mpu import collectives
 from megatron.mpu.groups import ExpertGroups, Group, ProcessGroups
+from megatron.mpu.mappings import all_to_all
 
 MESH_AXES = ("pp", "edp_replicate", "edp_shard", "ep", "tp")
 _ALONE = Group(ranks=(0,), rank=0, size=1, handle=None)
@@ -131,23 +131,6 @@ def _inverse(order: Tensor) -> Tensor:
     places = torch.empty_like(order)
     places[order] = torch.arange(order.numel(), device=order.device)
     return places
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sent: list[int], received: list[int]) -> Tensor:
-        ctx.group, ctx.sent, ctx.received = group, sent, received
-        return collectives.all_to_all(x, group, sent=sent, received=received)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return collectives.all_to_all(grad, ctx.group, sent=ctx.received, received=ctx.sent), None, None, None
-
-
-def all_to_all(x: Tensor, group: Group, *, sent: list[int], received: list[int]) -> Tensor:
-    """Rows of every member to every member, with gradients; see `collectives.all_to_all`."""
-    result: Tensor = _AllToAll.apply(x, group, sent, received)
-    return result
 
 
 def largest(count: Tensor, group: Group) -> int:

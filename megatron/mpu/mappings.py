@@ -83,6 +83,17 @@ class _GatherLast(torch.autograd.Function):
         return collectives.own_part(grad, ctx.group, dim=-1).contiguous(), None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sent: list[int] | None, received: list[int] | None) -> Tensor:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return collectives.all_to_all(x, group, sent=sent, received=received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return collectives.all_to_all(grad, ctx.group, sent=ctx.received, received=ctx.sent), None, None, None
+
+
 def copy_to_region(x: Tensor, group: Group) -> Tensor:
     """`x` [...] unchanged; its gradient, of which each member computes a part, is summed over the group."""
     return _Copy.apply(x, group) if group.size > 1 else x
@@ -118,3 +129,8 @@ def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
 def gather_last_dim(x: Tensor, group: Group) -> Tensor:
     """The members' columns joined: [..., v/size] -> [..., v]; the whole gradient is expected on every member."""
     return _GatherLast.apply(x, group) if group.size > 1 else x
+
+
+def all_to_all(x: Tensor, group: Group, *, sent: list[int] | None = None, received: list[int] | None = None) -> Tensor:
+    """Rows of every member to every member, see `collectives.all_to_all`; gradients go the way back."""
+    return _AllToAll.apply(x, group, sent, received) if group.size > 1 else x

@@ -9,13 +9,12 @@ Legend: s=tokens of a rank, u=ranks, b=micro-batch, n=query heads, g=kv heads, d
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.mpu import collectives
 from megatron.mpu.groups import Group
+from megatron.mpu.mappings import all_to_all
 
 
 def copies_of_kv_heads(heads: int, ranks: int) -> int:
@@ -44,7 +43,7 @@ def scatter_heads(q: Tensor, k: Tensor, v: Tensor, group: Group) -> tuple[Tensor
     copies = copies_of_kv_heads(k.shape[2], group.size)
     parts = [x.unflatten(2, (group.size, -1)) for x in (q, *(y.repeat_interleave(copies, dim=2) for y in (k, v)))]
     heads = [x.shape[3] for x in parts]
-    received: Tensor = _Exchange.apply(torch.cat(parts, dim=3).movedim(2, 0), group)  # [u, s, b, heads of a rank, d]
+    received: Tensor = all_to_all(torch.cat(parts, dim=3).movedim(2, 0), group)  # [u, s, b, heads of a rank, d]
     queries, keys, values = received.flatten(0, 1).split(heads, dim=2)
     return queries, keys, values
 
@@ -53,18 +52,5 @@ def gather_heads(x: Tensor, group: Group) -> Tensor:
     """All heads of this rank's tokens: [s u, b, n/u, d] -> [s, b, n, d]; the inverse of `scatter_heads`."""
     if group.size == 1:
         return x
-    received: Tensor = _Exchange.apply(x.unflatten(0, (group.size, -1)), group)
+    received: Tensor = all_to_all(x.unflatten(0, (group.size, -1)), group)
     return received.movedim(0, 2).flatten(2, 3)
-
-
-class _Exchange(torch.autograd.Function):
-    """Part i of the tensor goes to rank i; what comes is joined in the order of the ranks. Its own transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return collectives.all_to_all(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return collectives.all_to_all(grad, ctx.group), None
