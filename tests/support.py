@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -12,9 +13,21 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _SECONDS_TO_EXIT = 10.0
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a module, for tests that run it in their own process."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(__file__).resolve().parents[1] / "tools" / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> int:

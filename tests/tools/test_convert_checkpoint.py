@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +16,10 @@ from megatron.checkpoint.formats import FORMATS, ReadOptions, WriteOptions, conv
 from megatron.checkpoint.formats.model import with_vocabulary
 from megatron.config.presets import preset
 from tests.checkpoint.formats.samples import FAMILIES, MAIN_FAMILIES, assert_equal, random_model
+from tests.support import load_tool
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 QUIET = WriteOptions(log=lambda _: None)
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -38,7 +28,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(name: str, *words: object) -> None:
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        _load(name).main()
+        load_tool(name).main()
 
     return run
 
@@ -223,7 +213,7 @@ def test_deepspeed_to_universal(tool: Any, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_sizes_of_ascendspeed_are_those_of_the_presets() -> None:
-    sizes, presets = _load(ASCEND).SIZES, _load(CHANGE).PRESETS
+    sizes, presets = load_tool(ASCEND).SIZES, load_tool(CHANGE).PRESETS
     assert sizes.keys() == presets.keys()
     for size, name in presets.items():
         settings = preset(name).settings

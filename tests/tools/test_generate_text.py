@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,18 +20,10 @@ from megatron.tokenizer import TokenizerError
 from megatron.training.setup import SetupError
 from tests.generation.test_text import byte_tokenizer
 from tests.model.test_hf import CASES, _random_model
+from tests.support import load_tool
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "generate_text.py"
 PROMPTS = ("def read", "hello, w")
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_text", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["generate_text.py", "--device", "cpu", *map(str, words)])
-        _load().main()
+        load_tool(TOOL.name).main()
         return str(capsys.readouterr().out)
 
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,18 +10,14 @@ import pytest
 import torch
 
 from megatron.checkpoint import TrainingState, save
+from tests.support import load_tool
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "verify_checkpoint.py"
 
 
 @pytest.fixture
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verify_checkpoint", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL.name)
 
 
 @pytest.fixture
