@@ -17,9 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "devices.md"
 DEVICES = ("cpu", "cuda", "hpu", "npu", "neuron", "neuron_xla")
 SIMULATED = ("hpu", "npu", "neuron")
+SEEN = ("cpu",)
+"""Devices whose hardware the tests have run on."""
 
 EVIDENCE = {
-    "hardware": "the real device computes. GPUs: where the tests find one; elsewhere they are skipped and say so",
+    "hardware": "the real device computes",
+    "not run yet": "the test needs a GPU and is skipped, saying so, where none is; there has been none so far",
     "vendor software": "the vendor's own package without its chip: schemas, shapes and gradients; numbers from "
     "PyTorch/XLA only, on its CPU",
     "simulated": "torch takes it for real, the vendor's package is faked: [what that shows](simulated-devices.md)",
@@ -153,8 +156,9 @@ def evidence(device: str, test: str) -> str:
         return "vendor software"
     if device in SIMULATED or test.startswith(("tests/sim/", "tests/patches/")):
         return "simulated"
-    on_the_device = device == "cpu" or any(word in test for word in ("test_implementations", "_gpu"))
-    return "hardware" if on_the_device else "contract"
+    if device in SEEN:
+        return "hardware"
+    return "not run yet" if any(word in test for word in ("test_implementations", "_gpu")) else "contract"
 
 
 def page() -> str:
@@ -163,7 +167,7 @@ def page() -> str:
         "# Devices",
         "",
         "What is shown to work where, and by what; `python -m tests.support_table` makes this page from those tests.",
-        "No test has ever run on Gaudi, Ascend or Trainium hardware.",
+        "No test has ever run on a GPU or on Gaudi, Ascend or Trainium hardware.",
         "",
         f"| | {' | '.join(f'`{device}`' for device in DEVICES)} |",
         "|---|" + "---|" * len(DEVICES),
