@@ -4,8 +4,6 @@ import torch
 from megatron import accelerators
 from megatron.accelerators.cuda import card_peak_flops
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU on this machine")
-
 
 @pytest.mark.parametrize(
     ("card", "dtype", "tf32", "flops"),
@@ -41,7 +39,6 @@ def test_local_rank_without_gpu_is_refused():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_gpu_state_and_memory():
     cuda = accelerators.select("cuda")
     device = cuda.set_device(0)

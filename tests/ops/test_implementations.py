@@ -14,7 +14,11 @@ from megatron.ops.samples import prepare, relative_error, samples
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = [device for device in map(accelerators.load, accelerators.DEVICES) if device.is_available()]
 RUNNABLE = [
-    pytest.param(device, candidate, dtype, id=f"{device.name}-{op}-{candidate.name}-{str(dtype)[6:]}")
+    pytest.param(
+        *(device, candidate, dtype),
+        id=f"{device.name}-{op}-{candidate.name}-{str(dtype)[6:]}",
+        marks=[pytest.mark.gpu] * (device.name == "cuda"),
+    )
     for device in DEVICES
     for op in OPERATIONS
     for candidate in implementations(device, op)
