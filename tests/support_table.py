@@ -115,6 +115,13 @@ FEATURES = (
         _on(SIMULATED, f"{_RUNS}test_a_checkpoint_of_the_device_continues_on_the_cpu_and_back"),
     ),
     Feature(
+        "text written token by token",
+        {
+            "cpu": "tests/generation/test_generate.py::test_greedy_equals_hugging_face",
+            **_on(SIMULATED, "tests/sim/test_generation.py::test_text_equals_the_cpus"),
+        },
+    ),
+    Feature(
         "LLaMA's launch script, TP2 x PP2 and ZeRO",
         {
             "cpu": "tests/examples/test_examples.py::test_cpu_example_from_text_to_picture_and_again",

@@ -15,7 +15,7 @@ Read = Callable[[Tensor, ModelInputs, Sequence[int]], Tensor]
 """See `reading.Reader.__call__`."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference_mode devices outside of torch, such as PyTorch/XLA's, cannot take views of weights
 def generate(read: Read, prompts: Sequence[Sequence[int]], search: Search, *, new_tokens: int) -> list[Continuation]:
     """Continue all prompts at a time. Each token is read once.
 

@@ -19,7 +19,6 @@ from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, column_
 from megatron.mpu.random import dropout_seed, seed_device
 from megatron.mpu.ring_attention import ring_attention
 from megatron.mpu.ulysses import gather_heads, scatter_heads
-from megatron.ops.cached_attention import cached_attention
 
 
 class _Rules(TypedDict):
@@ -82,11 +81,11 @@ class Attention(nn.Module):
             return self._core(q, k, v, inputs)
         arch = self._setting.arch
         keys, values = cache.extend(self._layer, k, v, inputs.positions)
-        return cached_attention(
+        return self._setting.ops.cached_attention(
             q,
             keys,
             values,
-            positions=inputs.positions,
+            inputs.positions,
             scale=arch.head_dim**-0.5,
             alibi_slopes=inputs.alibi_slopes,
             window=arch.sliding_window,

@@ -1,41 +1,27 @@
-"""Attention of a few new tokens to all tokens before them, whose keys and values were kept.
-
-Plain torch, the same on every device: with one query per text the time goes into reading the keys and values once.
-"""
+"""Attention of a few new tokens to all tokens before them: a form in plain torch that any device can list."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron.ops import reference
+from megatron.ops.portable import ATTENTION_TOLERANCE
+from megatron.ops.registry import implements
 
+
+@implements(reference.cached_attention, name="grouped", tolerance=ATTENTION_TOLERANCE)
 def cached_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     positions: Tensor,
+    *,
     scale: float,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """`reference.attention` for the last tokens of each text alone.
-
-    Slot j of the keys holds position j of its text. A query at position p sees slots j <= p, and with a window those
-    with p - j < window. Query head i uses key/value head i // (n / g).
-
-    Args:
-        q: [r, b, n, d], r new tokens of each of b texts.
-        k: [s, b, g, d], g divides n; slots that no query sees hold anything finite.
-        v: [s, b, g, d].
-        positions: [b, r] int64 of the queries in their texts, below s.
-        scale: factor on q k^T.
-        alibi_slopes: [n] or None.
-        window: number of most recent positions a query sees, itself included; None for all.
-
-    Returns:
-        [r, b, n, d] in q's dtype; softmax is at least float32.
-    """
+    """One product for all query heads of a key/value head: keys and values, which take the time, are read once."""
     (r, b, n, d), (s, _, g, _) = q.shape, k.shape
     # The heads that share a key/value head become rows of one product, so keys and values are not repeated.
     # Scaled before the product, which then does not overflow in float16.

@@ -89,44 +89,59 @@ def attention(
     dropout_p: float = 0.0,
 ) -> None:
     """Q [s, b, n, d], k and v [s, b, g, d] of one type, g divides n; slopes [n], document_ids [b, s]."""
-    _floating(q=q)
-    _require(q.dtype == k.dtype == v.dtype, f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     _require(q.dim() == 4, f"q must be [s, b, n, d], not {_shape(q)}")
-    _same_shape(k=k, v=v)
-    s, b, n, d = q.shape
-    g = k.shape[2] if k.dim() == 4 else 0
-    _require(
-        k.shape == (s, b, g, d) and g > 0 and n % g == 0,
-        f"k and v must be [{s}, {b}, g, {d}] with g dividing {n}, not {_shape(k)}",
-    )
-    if alibi_slopes is not None:
-        _require(alibi_slopes.shape == (n,), f"alibi_slopes must be [{n}], not {_shape(alibi_slopes)}")
+    s, b = q.shape[:2]
+    _queries_and_keys(q, k, v, s, alibi_slopes, window)
     if document_ids is not None:
         _require(document_ids.shape == (b, s), f"document_ids must be [{b}, {s}], not {_shape(document_ids)}")
-    _require(window is None or window >= 1, f"window must be at least 1, not {window}")
     _probability("dropout_p", dropout_p)
 
 
-def attention_block(q: Tensor, k: Tensor, v: Tensor, rules: BlockRules) -> None:
-    """Q [s, b, n, d], k and v [t, b, g, d] of one type, g divides n; slopes [n], documents [b, s] and [b, t]."""
+def _queries_and_keys(
+    q: Tensor, k: Tensor, v: Tensor, slots: int | None, alibi_slopes: Tensor | None, window: int | None
+) -> None:
+    """Q [., b, n, d], k and v [slots, b, g, d] (None: any number) of one type, g divides n; slopes [n]."""
     _floating(q=q)
     _require(q.dtype == k.dtype == v.dtype, f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     _require(q.dim() == 4 and k.dim() == 4, f"q and k must have 4 dimensions: q {_shape(q)}, k {_shape(k)}")
     _same_shape(k=k, v=v)
-    (s, b, n, d), (t, _, g, _) = q.shape, k.shape
+    (_, b, n, d), (t, _, g, _) = q.shape, k.shape
     _require(
-        k.shape == (t, b, g, d) and g > 0 and n % g == 0,
-        f"k and v must be [t, {b}, g, {d}] with g dividing {n}, not {_shape(k)}",
+        k.shape == (slots or t, b, g, d) and g > 0 and n % g == 0,
+        f"k and v must be [{slots or 't'}, {b}, g, {d}] with g dividing {n}, not {_shape(k)}",
     )
+    if alibi_slopes is not None:
+        _require(alibi_slopes.shape == (n,), f"alibi_slopes must be [{n}], not {_shape(alibi_slopes)}")
+    _require(window is None or window >= 1, f"window must be at least 1, not {window}")
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+) -> None:
+    """Q [r, b, n, d], k and v [t, b, g, d] of one type, g divides n; positions [b, r] int64, slopes [n]."""
+    _queries_and_keys(q, k, v, None, alibi_slopes, window)
+    fits = positions.dtype == torch.int64 and positions.shape == (q.shape[1], q.shape[0])
+    shape = [q.shape[1], q.shape[0]]
+    _require(fits, f"positions must be int64 {shape}, not {positions.dtype} {_shape(positions)}")
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, rules: BlockRules) -> None:
+    """Q [s, b, n, d], k and v [t, b, g, d] of one type, g divides n; slopes [n], documents [b, s] and [b, t]."""
+    _queries_and_keys(q, k, v, None, rules.alibi_slopes, rules.window)
+    (s, b), t = q.shape[:2], k.shape[0]
     _require(rules.distance >= 0, f"distance must be at least 0, not {rules.distance}")
-    slopes, documents = rules.alibi_slopes, (rules.query_documents, rules.key_documents)
-    if slopes is not None:
-        _require(slopes.shape == (n,), f"alibi_slopes must be [{n}], not {_shape(slopes)}")
+    documents = (rules.query_documents, rules.key_documents)
     _require((documents[0] is None) == (documents[1] is None), "documents of queries and of keys go together")
     for name, ids, length in zip(("query_documents", "key_documents"), documents, (s, t), strict=True):
         if ids is not None:
             _require(ids.shape == (b, length), f"{name} must be [{b}, {length}], not {_shape(ids)}")
-    _require(rules.window is None or rules.window >= 1, f"window must be at least 1, not {rules.window}")
 
 
 def attention_block_backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, grouped_mm, portable, reference
+from megatron.ops import attention_blocks, cached_attention, grouped_mm, portable, reference
 from megatron.ops.blocked_attention import blocked_attention
 from megatron.ops.registry import Implementation, implements
 
@@ -31,6 +31,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     attention,
     portable.sdpa_attention,
+    cached_attention.cached_attention,
     attention_blocks.attention_block,
     attention_blocks.attention_block_backward,
     portable.embedding_float32_sums,

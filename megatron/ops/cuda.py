@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.ops import (
     attention_blocks,
+    cached_attention,
     engine_norms,
     flash_blocks,
     float8,
@@ -264,6 +265,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.sdpa_attention,
     flash_attention,
     flash_attention_3,
+    cached_attention.cached_attention,
     flash_blocks.attention_block,
     attention_blocks.attention_block,
     flash_blocks.attention_block_backward,

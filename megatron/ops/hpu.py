@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, hpu_linear, portable, reference
+from megatron.ops import attention_blocks, cached_attention, hpu_linear, portable, reference
 from megatron.ops.compiled_adamw import Batch, CompiledAdamW
 from megatron.ops.float8 import Formats, Product
 from megatron.ops.registry import ADAMW_TOLERANCE, TOLERANCE, Implementation, implements
@@ -251,6 +251,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     _fused_sdpa("fused_sdpa_recompute", fast=False, recompute=True),
     _fused_sdpa("fused_sdpa_fast", fast=True, recompute=False),
     _fused_sdpa("fused_sdpa_fast_recompute", fast=True, recompute=True),
+    cached_attention.cached_attention,
     attention_blocks.attention_block,
     attention_blocks.attention_block_backward,
     portable.embedding_float32_sums,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, portable, reference
+from megatron.ops import attention_blocks, cached_attention, portable, reference
 from megatron.ops.compiled_adamw import CompiledAdamW
 from megatron.ops.registry import ADAMW_TOLERANCE, Implementation, implements
 
@@ -41,6 +41,7 @@ def adamw(
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.sdpa_attention,
+    cached_attention.cached_attention,
     attention_blocks.attention_block,
     attention_blocks.attention_block_backward,
     portable.embedding_float32_sums,

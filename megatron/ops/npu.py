@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import attention_blocks, portable, reference
+from megatron.ops import attention_blocks, cached_attention, portable, reference
 from megatron.ops.registry import TOLERANCE, Implementation, implements
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -230,6 +230,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     fusion_attention,
     masked_softmax_attention,
     portable.sdpa_attention,
+    cached_attention.cached_attention,
     attention_blocks.attention_block,
     attention_blocks.attention_block_backward,
     portable.embedding_float32_sums,

@@ -131,10 +131,7 @@ def attention(
         window=window,
         dropout_p=dropout_p,
     )
-    queries_per_key = q.shape[2] // k.shape[2]
-    queries = _wide(q).permute(1, 2, 0, 3)
-    keys = _wide(k).permute(1, 2, 0, 3).repeat_interleave(queries_per_key, dim=1)
-    values = _wide(v).permute(1, 2, 0, 3).repeat_interleave(queries_per_key, dim=1)
+    queries, keys, values = _by_heads(q, k, v)
     scores = queries @ keys.transpose(-1, -2) * scale
     if alibi_slopes is not None:
         positions = torch.arange(q.shape[0], device=q.device, dtype=scores.dtype)
@@ -143,6 +140,54 @@ def attention(
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
+    return (weights @ values).permute(2, 0, 1, 3).contiguous().to(q.dtype)
+
+
+def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [b, n, r, d], keys and values [b, n, s, d] of each query head, wide."""
+    shared = q.shape[2] // k.shape[2]
+    queries, keys, values = (_wide(x).permute(1, 2, 0, 3) for x in (q, k, v))
+    return queries, keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """`attention` for the last tokens of each text alone, to all tokens before them, whose keys and values were kept.
+
+    Slot j of the keys holds position j of its text. A query at position p sees slots j <= p, and with a window those
+    with p - j < window. It has no gradient: texts are written with it.
+
+    Args:
+        q: [r, b, n, d], r new tokens of each of b texts.
+        k: [s, b, g, d], g divides n; slots that no query sees hold anything finite.
+        v: [s, b, g, d].
+        positions: [b, r] int64 of the queries in their texts, below s.
+        scale: as for `attention`.
+        alibi_slopes: as for `attention`.
+        window: as for `attention`.
+
+    Returns:
+        [r, b, n, d] in q's dtype; all arithmetic is wide.
+    """
+    checks.cached_attention(q, k, v, positions, scale=scale, alibi_slopes=alibi_slopes, window=window)
+    queries, keys, values = _by_heads(q, k, v)
+    scores = queries @ keys.transpose(-1, -2) * scale
+    slots = torch.arange(k.shape[0], device=q.device)
+    distance = positions[:, None, :, None] - slots  # [b, 1, r, s]
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.to(scores.dtype)[:, None, None] * slots
+    visible = distance >= 0
+    if window is not None:
+        visible = visible & (distance < window)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return (weights @ values).permute(2, 0, 1, 3).contiguous().to(q.dtype)
 
 

@@ -51,6 +51,23 @@ class AttentionFunction(Protocol):
         """See `reference.attention`."""
 
 
+class CachedAttentionFunction(Protocol):
+    """Signature of `reference.cached_attention`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """See `reference.cached_attention`."""
+
+
 class AdamWFunction(Protocol):
     """Signature of `reference.adamw`."""
 
@@ -90,6 +107,7 @@ class Ops:
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
     attention: AttentionFunction
+    cached_attention: CachedAttentionFunction
     attention_block: Callable[[Tensor, Tensor, Tensor, BlockRules], tuple[Tensor, Tensor]]
     attention_block_backward: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, BlockRules], tuple[Tensor, Tensor, Tensor]

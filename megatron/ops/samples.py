@@ -83,10 +83,8 @@ def prepare(op: str, function: Callable[..., Any], sample: Sample) -> Callable[[
         return lambda: _clip(function, sample)
     if op == "make_linear":
         function = _linear(function)
-    if op == "matmul_all_reduce":
-        return lambda: [function(*sample.args)]
     if sample.gradients == 0:
-        return lambda: list(function(*sample.args, **sample.kwargs))
+        return lambda: _listed(function(*sample.args, **sample.kwargs))
     inputs = [argument.detach().requires_grad_() for argument in sample.args[: sample.gradients]]
     rest = sample.args[sample.gradients :]
     with torch.no_grad():
@@ -106,6 +104,10 @@ def relative_error(actual: list[Tensor], oracle: list[Tensor]) -> float:
         for mine, true in zip(actual, oracle, strict=True)
     ]
     return torch.stack(errors).max().item()
+
+
+def _listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _weighting(result: Tensor) -> Tensor:
@@ -189,6 +191,25 @@ def _attention(source: _Source, s: int) -> tuple[Sample, ...]:
     ]
     grouped = (q, k[:, :, :2].contiguous(), v[:, :, :2].contiguous())
     return (*calls, Sample(label="grouped", args=grouped, kwargs={"scale": 0.125, "window": 40}, gradients=3))
+
+
+def _cached_attention(source: _Source, s: int) -> tuple[Sample, ...]:
+    q, k, v = source.normal(1, 4, 8, 64), source.normal(s, 4, 8, 64), source.normal(s, 4, 8, 64)
+    grouped = (k[:, :, :2].contiguous(), v[:, :, :2].contiguous())
+    slopes = 2.0 ** -torch.arange(1.0, 9.0, device=source.device)
+    positions = torch.tensor([[s - 1], [s // 2], [60], [0]], device=source.device)
+    several = torch.cat([positions.clamp(min=2) - back for back in (2, 1, 0)], dim=1)
+    calls: dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]] = {
+        "": ((q, k, v, positions), {}),
+        "grouped": ((q, *grouped, positions), {}),
+        "alibi": ((q, k, v, positions), {"alibi_slopes": slopes}),
+        "window": ((q, k, v, positions), {"window": 40}),
+        "several tokens": ((source.normal(3, 4, 8, 64), *grouped, several), {"alibi_slopes": slopes, "window": 40}),
+    }
+    return tuple(
+        Sample(label=label, args=args, kwargs={"scale": 0.125, **rules}, gradients=0)
+        for label, (args, rules) in calls.items()
+    )
 
 
 def _attention_block(source: _Source, s: int) -> tuple[Sample, ...]:
@@ -302,6 +323,7 @@ _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingPro
         "layer_norm": _layer_norm,
         "rotary": _rotary,
         "attention": _attention,
+        "cached_attention": _cached_attention,
         "attention_block": _attention_block,
         "attention_block_backward": _attention_block_backward,
         "swiglu": _gated,

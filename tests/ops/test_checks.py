@@ -21,6 +21,15 @@ def _attention(q: torch.Tensor = _Q, k: torch.Tensor = _Q, v: torch.Tensor = _Q,
     return (q, k, v), {"scale": 1.0, **rules}
 
 
+_POSITIONS = torch.zeros(2, 4, dtype=torch.int64)
+
+
+def _cached(
+    k: torch.Tensor = _Q, v: torch.Tensor = _Q, positions: torch.Tensor = _POSITIONS, **rules: Any
+) -> tuple[Any, Any]:
+    return (_Q, k, v, positions), {"scale": 1.0, **rules}
+
+
 WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("rms_norm", (_X, torch.zeros(5), 1e-5), {}, "weight must be"),
     ("rms_norm", (_X.int(), torch.zeros(6), 1e-5), {}, "x must be floating"),
@@ -40,6 +49,10 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("attention", *_attention(document_ids=torch.zeros(4, 2)), r"document_ids must be \[2, 4\]"),
     ("attention", *_attention(window=0), "window must be at least 1"),
     ("attention", *_attention(dropout_p=1.0), "dropout_p must be"),
+    ("cached_attention", *_cached(k=_Q[:3, :, :4], v=_Q[:3, :, :4]), "with g dividing 6, not"),
+    ("cached_attention", *_cached(positions=_POSITIONS.int()), r"positions must be int64 \[2, 4\]"),
+    ("cached_attention", *_cached(positions=_POSITIONS.t()), r"positions must be int64 \[2, 4\]"),
+    ("cached_attention", *_cached(window=0), "window must be at least 1"),
     ("attention_block", (_Q, _Q[:3, :, :4], _Q[:3, :, :4], _RULES), {}, "g dividing 6"),
     ("attention_block", (_Q, _Q[:3], _Q, _RULES), {}, "shapes must agree"),
     ("attention_block", (_Q, _X, _X, _RULES), {}, "4 dimensions"),

@@ -46,7 +46,7 @@ CPU_CANDIDATES = [
     pytest.param(candidate, id=f"{op}-{candidate.name}")
     for op in (
         *("rms_norm", "layer_norm", "rotary", "attention", "attention_block", "attention_block_backward"),
-        *("swiglu", "geglu", "bias_gelu", "cross_entropy"),
+        *("cached_attention", "swiglu", "geglu", "bias_gelu", "cross_entropy"),
     )
     for candidate in implementations(accelerators.load("cpu"), op)[:-1]
 ]
