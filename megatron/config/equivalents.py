@@ -56,6 +56,37 @@ _FUSED_SDPA = Option(
     default=None,
     help="true is the same as --attention-backend fused, false as --attention-backend unfused.",
 )
+_FORMS: tuple[tuple[Option, str], ...] = (
+    (
+        Option(
+            dest="use_fast_softmax",
+            names=("--use-fast-softmax",),
+            kind="switch",
+            default=False,
+            help="The fused attention of Gaudi with its approximate softmax: --op attention=fused_sdpa_fast.",
+        ),
+        "_fast",
+    ),
+    (
+        Option(
+            dest="use_fused_sdpa_with_recompute",
+            names=("--use-fused-sdpa-with-recompute",),
+            kind="word",
+            default=False,
+            help="The fused attention of Gaudi, which computes its weights again in backward: "
+            "--op attention=fused_sdpa_recompute.",
+        ),
+        "_recompute",
+    ),
+)
+"""Forms of an attention kernel, alone or together, and what they add to its name."""
+_CACHE_FORWARD = Option(
+    dest="cache_fp8_weight_fwd",
+    names=("--cache-fp8-weight-fwd",),
+    kind="word",
+    default=None,
+    help="Same as --cache-fp8-weight: a weight is cast once per step.",
+)
 _CHECKPOINT_POLICY = Option(
     dest="checkpoint_policy",
     names=("--checkpoint-policy",),
@@ -99,6 +130,8 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     _switch("--fp8-e4m3", fp8_format="e4m3"),
     _switch("--fp8-e5m2", fp8_format="e5m2"),
     _switch("--fp8-hybrid", fp8_format="hybrid"),
+    Equivalent(_CACHE_FORWARD, True, {"cache_fp8_weight": True}),
+    Equivalent(_CACHE_FORWARD, False, {"cache_fp8_weight": False}),
     Equivalent(_FUSED_SDPA, True, {"attention_backend": "fused"}),
     Equivalent(_FUSED_SDPA, False, {"attention_backend": "unfused"}),
 )
@@ -111,7 +144,11 @@ PLUGIN = Option(
     choices=tuple(PLUGINS),
 )
 _PLUGINS = tuple(Equivalent(PLUGIN, name, plugin.settings, yields=True) for name, plugin in PLUGINS.items())
-OPTIONS: tuple[Option, ...] = (*{row.option.dest: row.option for row in EQUIVALENTS}.values(), PLUGIN)
+OPTIONS: tuple[Option, ...] = (
+    *{row.option.dest: row.option for row in EQUIVALENTS}.values(),
+    *(option for option, _ in _FORMS),
+    PLUGIN,
+)
 """Every flag that stands for values of other settings."""
 
 
@@ -121,12 +158,11 @@ def expand(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Returns:
         `given` and what follows from it, and one sentence per contradiction.
     """
-    settings = dict(given)
+    settings, problems = _with_form(given)
     source: dict[str, str] = {}
-    problems: list[str] = []
     for row in sorted((*EQUIVALENTS, *_PLUGINS), key=lambda row: row.yields):
         option = row.option
-        if option.dest not in given or not _applies(row, given[option.dest]):
+        if option.dest not in settings or not _applies(row, given[option.dest]):
             continue
         for target, value in row.changes.items():
             wanted = given[option.dest] if value is SAME else value
@@ -135,6 +171,17 @@ def expand(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 problems.append(f"{option.main} stands for {target} = {wanted}, but {other} says {settings[target]}")
             source.setdefault(target, option.main)
     return settings, problems
+
+
+def _with_form(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Forms of the fused attention as an `--op`, which then says that there is one."""
+    flags = {option.main: ending for option, ending in _FORMS if given.get(option.dest)}
+    if not flags:
+        return dict(given), []
+    if given.get(_FUSED_SDPA.dest) is False:
+        return dict(given), [f"{', '.join(flags)}: only with {_FUSED_SDPA.main} true; leave one of them out"]
+    rest = {name: value for name, value in given.items() if name != _FUSED_SDPA.dest}
+    return rest | {"op": (*given.get("op", ()), f"attention=fused_sdpa{''.join(flags.values())}")}, []
 
 
 def _applies(row: Equivalent, value: Any) -> bool:

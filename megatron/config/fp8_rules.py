@@ -15,6 +15,7 @@ _FORMAT_ONLY = {
     "fp8_margin": "--fp8-margin",
     "fp8_amax_reduce": "--fp8-amax-reduce",
     "fp8_wgrad": "--no-fp8-wgrad",
+    "cache_fp8_weight": "--cache-fp8-weight",
 }
 _SPLIT_BACKWARD = ("zero-bubble", "zbv")
 _STEP = 16

@@ -63,6 +63,8 @@ _DESTS = {
     "--no-create-attention-mask-in-dataloader": "create_attention_mask_in_dataloader",
     "--no-check-for-nan-in-loss-and-grad": "check_for_nan_in_loss_and_grad",
     "--no-ckpt-fully-parallel-save": "ckpt_fully_parallel_save",
+    "--no-scaled-init": "use_scaled_init_method",
+    "--no-seq-len-plus-one-tokens": "use_seq_len_plus_one_tokens",
 }
 
 RENAMED = (
@@ -83,6 +85,7 @@ RENAMED = (
     ("--valid-data-path", (("--valid-weighted-split-paths", None, "str", "+"),)),
     ("--test-data-path", (("--test-weighted-split-paths", None, "str", "+"),)),
     ("--ckpt-step, with the iteration", (("--load-tag", None, "str"),)),
+    ("--device hpu", (("--use_hpu", False),)),
 )
 
 WITHOUT_EFFECT = (
@@ -201,6 +204,9 @@ WITHOUT_EFFECT = (
         ),
     ),
     ("only --adlr-autoresume reads it", (("--adlr-autoresume-interval", 1000),)),
+    ("scales are measured over whole steps; see --fp8-interval", (("--fp8-manual-mode", True, "word"),)),
+    ("positions are embedded once, with the tokens", (("--fix-position-emb-redundant-alloc", False),)),
+    ("masks are part of the attention kernels", (("--mask-tensor-adding", False),)),
 )
 
 _DECODER_ONLY = "this distribution trains decoder-only language models"
@@ -330,6 +336,28 @@ REFUSED = (
             ("--ds-sequence-parallel-fpdt-offloading", False),
         ),
     ),
+    (
+        "--use-torch-compile compiles the backward pass of each layer as well",
+        (
+            ("--use-torch-compiled-autograd", False, "word"),
+            ("--compiled-autograd-fallback-mode", "nothing", "str", ("nothing", "warn", "error")),
+        ),
+    ),
+    ("lazy mode keeps graphs and runs them again by itself", (("--use-hpu-graphs", False),)),
+    ("kernels choose the order of their sums", (("--hpu-deterministic", False),)),
+    ("norms and biases never decay", (("--do-norm-bias-weight-decay", False),)),
+    ("weights of attention output and MLP output always start smaller in deeper models", (("--no-scaled-init", True),)),
+    (
+        "a run ends by its length or time, not by a loss; see --exit-interval",
+        (("--eval-loss-exit-value", None, "float"),),
+    ),
+    ("documents are always shuffled", (("--disable-doc-shuffling", False),)),
+    (
+        "a sample has one token more than --seq-length, so that every position has a label",
+        (("--no-seq-len-plus-one-tokens", True),),
+    ),
+    ("angles of rotary positions are always computed in float32", (("--eval-hf-rope", False),)),
+    ("text is read as tools/preprocess_data.py has written it", (("--eval-add-bos", False),)),
     ("use --num-experts", (("--num-experts-switch", None, "int"),)),
     ("experts are plain PyTorch here", (("--use-tutel", False),)),
     ("the embedding has the format of the other parameters", (("--embedding-weights-in-fp32", False),)),

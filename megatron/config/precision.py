@@ -46,4 +46,8 @@ class PrecisionConfig:
         "--no-fp8-amax-reduce",
         opposites=("--fp8-amax-reduce",),
     )
+    cache_fp8_weight: bool = option(
+        False,
+        "Make the 8-bit form of a weight once per step and keep it, a byte per number, instead of in each pass.",
+    )
     fp8_wgrad: bool = option(True, "Compute the gradients of weights in 16 bits.", "--no-fp8-wgrad")

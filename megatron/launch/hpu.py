@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron.config.presets import preset
 from megatron.launch import hpu_models, hpu_rows
@@ -59,31 +59,8 @@ def _profile_steps(text: str, values: Values) -> tuple[str, ...]:
     return ("--profile-steps", text)
 
 
-_AGAIN, _FAST = "HL_USE_FUSED_SDPA_WITH_RECOMPUTE", "HL_USE_FAST_SOFTMAX"
-
-
 def _is_on(values: Values, name: str) -> bool:
     return values.get(name, "0").lower() in ("1", "true")
-
-
-def _fused_attention(text: str, values: Values) -> tuple[str, ...]:
-    if not hpu_rows.is_true(text):
-        return ("--use-fused-sdpa", "false")
-    return () if _is_on(values, _AGAIN) or _is_on(values, _FAST) else ("--use-fused-sdpa", "true")
-
-
-def _attention_form(name: str, help: str, *, unless: str = "") -> Variable:
-    """A row for a form of the fused attention, which says it unless another one does so for both."""
-
-    def flags(text: str, values: Values) -> tuple[str, ...]:
-        if not hpu_rows.is_true(text):
-            return ()
-        if "HL_USE_FUSED_SDPA" in values and not _is_on(values, "HL_USE_FUSED_SDPA"):
-            raise ValueError("says nothing with HL_USE_FUSED_SDPA=0")
-        parts = ("_fast" if _is_on(values, _FAST) else "") + ("_recompute" if _is_on(values, _AGAIN) else "")
-        return () if _is_on(values, unless) else ("--op", f"attention=fused_sdpa{parts}")
-
-    return row(name, flags, (), help, note="it is off" if not unless else f"it is off, or see {unless}")
 
 
 MODEL: tuple[Variable, ...] = (
@@ -164,17 +141,19 @@ SCHEDULE: tuple[Variable, ...] = (
     value("HL_STOP_AFTER_NUM_SAMPLES", "--stop-after-num-samples", "save and stop after so many samples"),
 )
 KERNELS: tuple[Variable, ...] = (
-    row(
-        *("HL_USE_FUSED_SDPA", _fused_attention, ("--use-fused-sdpa",)),
+    truth(
+        *("HL_USE_FUSED_SDPA", ("--use-fused-sdpa", "true"), ("--use-fused-sdpa", "false")),
         "1 insists on the fused attention, 0 does without; the device's best unless given",
-        note="a form of it was chosen",
     ),
     truth(
         *("HL_USE_FUSED_RMSNORM", ("--use-fused-rmsnorm", "true"), ("--use-fused-rmsnorm", "false")),
         "1 insists on the fused RMSNorm, 0 does without; the device's best unless given",
     ),
-    _attention_form(_AGAIN, "1 lets the fused attention compute its weights again in backward, not keep them"),
-    _attention_form(_FAST, "1 takes the fused attention's approximate softmax", unless=_AGAIN),
+    truth(
+        *("HL_USE_FUSED_SDPA_WITH_RECOMPUTE", ("--use-fused-sdpa-with-recompute", "true"), ()),
+        "1 lets the fused attention compute its weights again in backward, not keep them",
+    ),
+    truth("HL_USE_FAST_SOFTMAX", ("--use-fast-softmax",), (), "1 takes the fused attention's approximate softmax"),
     row("HL_USE_LAZY_MODE", hpu_rows.lazily, (), "PT_HPU_LAZY_MODE; what this build of torch can do unless given"),
     row("HL_USE_TORCH_COMPILE", hpu_rows.compiled, ("--use-torch-compile",), "1 compiles each layer, in eager mode"),
     absent("HL_USE_TORCH_COMPILED_AUTOGRAD", "0", "HL_USE_TORCH_COMPILE=1 compiles the backward pass as well"),
@@ -189,34 +168,47 @@ KERNELS: tuple[Variable, ...] = (
 
 
 def _is_eight_bit(values: Values) -> bool:
-    return values.get("HL_USE_TRANSFORMER_ENGINE", "0").lower() in ("1", "true")
+    return _is_on(values, "HL_USE_TRANSFORMER_ENGINE")
+
+
+_Flags = Callable[[str, Values], tuple[str, ...]]
+
+
+def _with_engine(flags: _Flags) -> _Flags:
+    """The flags of something that there is with 8-bit numbers only."""
+
+    def checked(text: str, values: Values) -> tuple[str, ...]:
+        found = flags(text, values)
+        if found and not _is_eight_bit(values):
+            raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
+        return found
+
+    return checked
 
 
 def _eight_bit(name: str, flag: str, help: str) -> Variable:
     """A number or word of the 8-bit formats."""
-
-    def flags(text: str, values: Values) -> tuple[str, ...]:
-        if not _is_eight_bit(values):
-            raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
-        return (flag, text)
-
-    return row(name, flags, (flag,), help)
+    return row(name, _with_engine(lambda text, values: (flag, text)), (flag,), help)
 
 
 def _format(text: str, values: Values) -> tuple[str, ...]:
     if text not in ("hybrid", "e5m2"):
         raise ValueError("is none of hybrid, e5m2")
-    if not _is_eight_bit(values):
-        raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
     return (f"--fp8-{text}",)
 
 
 def _reduces(text: str, values: Values) -> tuple[str, ...]:
     if text not in ("0", "1"):
         raise ValueError("is none of 0, 1")
-    if not _is_eight_bit(values):
-        raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
     return ("--fp8-amax-reduce",) if text == "1" else ("--no-fp8-amax-reduce",)
+
+
+def _caches(name: str, flag: str, *words: str) -> Variable:
+    def flags(text: str, values: Values) -> tuple[str, ...]:
+        return (flag, *words) if hpu_rows.is_true(text) else ()
+
+    help = "1 makes the 8-bit form of a weight once per step and keeps it"
+    return row(name, _with_engine(flags), (flag,), help, note="it is off")
 
 
 def _passes(values: Values) -> int:
@@ -226,8 +218,6 @@ def _passes(values: Values) -> int:
 
 def _interval(text: str, values: Values) -> tuple[str, ...]:
     """Scales are measured over whole steps: at least as often as asked for."""
-    if not _is_eight_bit(values):
-        raise ValueError("says nothing without HL_USE_TRANSFORMER_ENGINE=1")
     passes, interval = _passes(values), whole(values, "HL_FP8_MEASURE_INTERVAL")
     if interval > passes and interval % passes:
         raise ValueError(f"must be a multiple of {passes}, the forward passes of a step, or less")
@@ -239,21 +229,25 @@ EIGHT_BIT: tuple[Variable, ...] = (
         *("HL_USE_TRANSFORMER_ENGINE", ("--transformer-impl", "transformer_engine"), ()),
         "1 computes linear layers in 8 bits",
     ),
-    row("HL_FP8_FORMAT", _format, ("--fp8-hybrid", "--fp8-e5m2"), "hybrid or e5m2"),
+    row("HL_FP8_FORMAT", _with_engine(_format), ("--fp8-hybrid", "--fp8-e5m2"), "hybrid or e5m2"),
     _eight_bit("HL_FP8_MARGIN", "--fp8-margin", "margin of the scale, a power of 2"),
     _eight_bit("HL_FP8_AMAX_RECOMPUTE_ALGO", "--fp8-amax-compute-algo", "max or most_recent"),
     row(
-        *("HL_FP8_MEASURE_INTERVAL", _interval, ("--fp8-interval",)),
+        *("HL_FP8_MEASURE_INTERVAL", _with_engine(_interval), ("--fp8-interval",)),
         "forward passes per measurement, which are made over whole steps: at most once, or every so many",
     ),
     _eight_bit("HL_FP8_AMAX_HISTORY_LEN", "--fp8-amax-history-len", "measurements a scale follows from; as many"),
     row(
-        *("HL_FP8_AMAX_REDUCE", _reduces, ("--fp8-amax-reduce", "--no-fp8-amax-reduce")),
+        *("HL_FP8_AMAX_REDUCE", _with_engine(_reduces), ("--fp8-amax-reduce", "--no-fp8-amax-reduce")),
         "1 takes the maximum over ranks",
     ),
-    absent("HL_FP8_MANUAL_MODE", "1", "measurements follow HL_FP8_MEASURE_INTERVAL"),
-    absent("HL_USE_CACHE_FP8_WEIGHT", "0", "8-bit weights are made anew in each pass"),
-    absent("HL_USE_CACHE_FP8_WEIGHT_FWD", "0", "8-bit weights are made anew in each pass"),
+    truth(
+        *("HL_FP8_MANUAL_MODE", (), ()),
+        "without effect: measurements follow HL_FP8_MEASURE_INTERVAL",
+        note="measurements follow HL_FP8_MEASURE_INTERVAL",
+    ),
+    _caches("HL_USE_CACHE_FP8_WEIGHT", "--cache-fp8-weight"),
+    _caches("HL_USE_CACHE_FP8_WEIGHT_FWD", "--cache-fp8-weight-fwd", "true"),
 )
 _LOGGED = ("--log-model-inputs", "--log-fwd-activations", "--log-bwd-grads")
 

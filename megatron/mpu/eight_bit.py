@@ -37,6 +37,7 @@ class ScalingRecipe:
         history: measurements that are kept.
         algorithm: the scale follows from the largest of them, or from the last.
         reduce: values are those of all ranks that share the layer.
+        keep_weights: the 8-bit form of a weight is made once per step and kept, not made in each pass.
     """
 
     delayed: bool = True
@@ -45,6 +46,7 @@ class ScalingRecipe:
     history: int = 1
     algorithm: Literal["most_recent", "max"] = "most_recent"
     reduce: bool = True
+    keep_weights: bool = False
 
 
 class EightBitScaling:
@@ -64,6 +66,13 @@ class EightBitScaling:
         self._names: list[str] = []
         self._steps = torch.zeros((), dtype=torch.int64)
         self._known = False
+        self.epoch = 0
+        """Changes whenever weights or scales do."""
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the 8-bit form of a weight is kept while `epoch` stays."""
+        return self._recipe.keep_weights
 
     def add(self, name: str) -> int:
         """Make room for the scales of a layer of this logical name; returns its number. Before the first step."""
@@ -97,6 +106,7 @@ class EightBitScaling:
 
     def after_step(self) -> None:
         """Take what was seen in this step into the history. Called by all ranks, after the backward computations."""
+        self.epoch += 1
         if not self._recipe.delayed:
             return
         if int(self._steps) % self._recipe.interval == 0:
@@ -111,6 +121,7 @@ class EightBitScaling:
 
     def refresh(self) -> None:
         """Make the scales anew, from a history that has changed."""
+        self.epoch += 1
         amax = self._history.amax(1) if self._recipe.algorithm == "max" else self._history[:, 0]
         columns = zip(amax.unbind(1), self._largest, strict=True)
         self._scales.copy_(torch.stack([scale_of(values, top, self._recipe.margin) for values, top in columns], dim=1))
@@ -153,10 +164,21 @@ class EightBitLinear:
 
     def __init__(self, product: Product, scaling: EightBitScaling, layer: int) -> None:
         self._product, self._scaling, self._layer = product, scaling, layer
+        self._kept: tuple[int, Tensor] | None = None
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """X [..., i], weight [o, i] -> [..., o] in x's dtype."""
-        return self._product(x, weight, self._scale(_INPUT)(x), self._scale(_WEIGHT)(weight), self._scale(_GRADIENT))
+        scale, new = self._weight_scale(weight)
+        return self._product(x, weight, self._scale(_INPUT)(x), scale, self._scale(_GRADIENT), new_weight=new)
+
+    def _weight_scale(self, weight: Tensor) -> tuple[Tensor, bool | None]:
+        """The scale of the weight, and what `Product` wants to know of it."""
+        if not self._scaling.keeps_weights:
+            return self._scale(_WEIGHT)(weight), None
+        epoch, new = self._scaling.epoch, False
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept, new = (epoch, self._scale(_WEIGHT)(weight)), True
+        return self._kept[1], new
 
     def _scale(self, which: int) -> Callable[[Tensor], Tensor]:
         return lambda tensor: self._scaling.scale(self._layer, which, tensor)

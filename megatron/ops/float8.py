@@ -11,14 +11,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-Product = Callable[[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""What `make_linear` makes, see `reference.make_linear`."""
+
+class Product(Protocol):
+    """What `make_linear` makes, see `reference.make_linear`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        x_scale: Tensor,
+        weight_scale: Tensor,
+        gradient_scale: Callable[[Tensor], Tensor],
+        *,
+        new_weight: bool | None = None,
+    ) -> Tensor:
+        """X [..., i], weight [o, i] -> [..., o] in x's dtype.
+
+        Args:
+            x: floating.
+            weight: in the dtype of `x`.
+            x_scale, weight_scale: float32 scalars.
+            gradient_scale: gives the scale of the result's gradient [..., o].
+            new_weight: None: the weight is cast in each pass, and nothing of it is kept. True: its 8-bit form is made
+                and kept. False: weight and scale are those of the last call with True, and so is the form.
+        """
+        ...
+
+
+@runtime_checkable
+class SplitProduct(Product, Protocol):
+    """One that can leave the gradient of the weight for later."""
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor, x_scale: Tensor, gradient_scale: Tensor) -> Tensor:
+        """X [..., i] and the gradient [..., o] of the result -> that of the weight [o, i], as of backward."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -94,49 +125,9 @@ def cast(x: Tensor, scale: Tensor, to: Format) -> Tensor:
     return (x.float() * scale).clamp_(-to.largest, to.largest).to(to.dtype)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    gradient_scale: Callable[[Tensor], Tensor],
-    formats: Formats,
-) -> Tensor:
-    """What `reference.make_linear` defines; of the input the 8-bit form is kept for backward."""
-    result: Tensor = _Linear.apply(x, weight, x_scale, weight_scale, gradient_scale, formats)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        x_scale: Tensor,
-        weight_scale: Tensor,
-        gradient_scale: Callable[[Tensor], Tensor],
-        formats: Formats,
-    ) -> Tensor:
-        ctx.gradient_scale, ctx.formats = gradient_scale, formats
-        x8 = cast(x, x_scale, formats.forward)
-        ctx.save_for_backward(x8 if formats.weight_gradient else x, weight, x_scale, weight_scale)
-        w = _numbers(cast(weight, weight_scale, formats.forward), weight_scale, x.dtype)
-        return (_numbers(x8, x_scale, x.dtype) @ w.t()).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, x_scale, weight_scale = ctx.saved_tensors
-        formats, scale = ctx.formats, ctx.gradient_scale(grad)
-        g = _numbers(cast(grad, scale, formats.gradient), scale, grad.dtype)
-        w = _numbers(cast(weight, weight_scale, formats.forward), weight_scale, grad.dtype)
-        if formats.weight_gradient:
-            rows, columns = g, _numbers(kept, x_scale, grad.dtype)
-        else:
-            rows, columns = grad.to(g.dtype), kept.to(g.dtype)
-        grad_weight = rows.flatten(0, -2).t() @ columns.flatten(0, -2)
-        return (g @ w).to(grad.dtype), grad_weight.to(weight.dtype), None, None, None, None
+def multiply(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the product of 8-bit a [m, k] and the transpose of b [n, k] stands for: [m, n] in `dtype`; sums are wide."""
+    return (_numbers(a, a_scale, dtype) @ _numbers(b, b_scale, dtype).t()).to(dtype)
 
 
 def _numbers(cast: Tensor, scale: Tensor, like: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 Contract: the package's public interface and the vendor's public tests of it, as in Gaudi's bridge 1.19; it is not
 published itself. Its layer keeps scales of its own, which change with every forward pass it measures in. Here it never
-measures: it is given the scales of the step, and that of a gradient when backward arrives with the gradient.
+measures: it is given the scales of the step, and that of a gradient when backward arrives with the gradient. It makes
+the 8-bit form of a weight when it is told that a micro-batch is the first one with it, and keeps that form itself.
 """
 
 from __future__ import annotations
@@ -65,11 +66,13 @@ class _Linear:
         x_scale: Tensor,
         weight_scale: Tensor,
         gradient_scale: Callable[[Tensor], Tensor],
+        *,
+        new_weight: bool | None = None,
     ) -> Tensor:
         checks.linear_arguments(x, weight, *self._features)
         _set_scales(self._layer, "scaling_fwd", torch.stack((x_scale, weight_scale)))
         with self._engine.fp8_autocast(enabled=True, force_measurement=False, fp8_recipe=self._recipe):
-            result = self._layer(x, weight)
+            result = self._layer(x, weight, is_first_microbatch=new_weight)
         scaled: Tensor = _ScaleGradient.apply(result, self._layer, gradient_scale)  # type: ignore[no-untyped-call]
         return scaled
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops import block_reference, checks, float8
+from megatron.ops.eight_bit_linear import EightBitProduct
 
 CLIP_EPSILON = 1e-6
 """Added to the norm of gradients before dividing, as Megatron and torch.nn.utils.clip_grad_norm_ do."""
@@ -369,21 +370,12 @@ def make_linear(in_features: int, out_features: int, formats: float8.Formats) ->
         formats: of the numbers.
 
     Returns:
-        A function of x [..., i], weight [o, i] of one dtype, the scales of both (float32 scalars), and a function from
-        the gradient of the result to its scale. It gives x weight^T [..., o] in x's dtype. With q(.) for a number cast
-        to 8 bits and divided by its scale again, and g for the gradient of the result:
-        result = q(x) q(weight)^T, gradient of x = q(g) q(weight), of weight = q(g)^T q(x), or g^T x without
-        `formats.weight_gradient`. Sums are wide.
+        A function, see `float8.Product`. With q(.) for a number cast to 8 bits and divided by its scale again, and g
+        for the gradient of the result: result = q(x) q(weight)^T, gradient of x = q(g) q(weight), of
+        weight = q(g)^T q(x), or g^T x without `formats.weight_gradient`. Sums are wide.
     """
     checks.make_linear(in_features, out_features, formats)
-
-    def product(
-        x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, gradient_scale: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        checks.linear_arguments(x, weight, in_features, out_features)
-        return float8.linear(x, weight, x_scale, weight_scale, gradient_scale, formats)
-
-    return product
+    return EightBitProduct(in_features, out_features, formats, float8.multiply)
 
 
 def clip_grad_norm(

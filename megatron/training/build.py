@@ -178,6 +178,7 @@ def eight_bit_scaling(config: RunConfig, session: Session) -> EightBitScaling | 
         history=precision.fp8_amax_history_len,
         algorithm=precision.fp8_amax_compute_algo,
         reduce=precision.fp8_amax_reduce,
+        keep_weights=precision.cache_fp8_weight,
     )
     formats = float8.formats(precision.fp8_format, largest, weight_gradient=precision.fp8_wgrad)
     return EightBitScaling(recipe, formats, session.groups, session.device)

@@ -40,5 +40,13 @@ def test_switches():
     assert config(*FORMAT, "--fp8-amax-reduce").precision.fp8_amax_reduce
 
 
+def test_weights_are_kept_by_either_name():
+    for flags in (("--cache-fp8-weight",), ("--cache-fp8-weight-fwd",), ("--cache-fp8-weight-fwd", "true")):
+        assert config(*FORMAT, *flags).precision.cache_fp8_weight
+    assert not config(*FORMAT, "--cache-fp8-weight-fwd", "false").precision.cache_fp8_weight
+    assert _problems("--cache-fp8-weight") == ("--cache-fp8-weight: only with --fp8-format",)
+    assert "cache_fp8_weight" in _problems(*FORMAT, "--cache-fp8-weight", "--cache-fp8-weight-fwd", "false")[0]
+
+
 def test_an_interval_is_at_least_a_step():
     assert "--fp8-interval 0: must be at least 1" in _problems(*FORMAT, "--fp8-interval", "0")

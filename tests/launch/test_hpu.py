@@ -123,15 +123,19 @@ def test_names_of_another_script_are_refused():
         ({"HL_SEQ_LEN": "4096"}, "--seq-length 4096 --max-position-embeddings 4096"),
         ({"HL_PROFILE": "pt", "HL_PROFILE_STEPS": "3,4"}, "--profile pt --profile-steps 3,4"),
         ({"HL_PROFILE": "hltv"}, "--profile hltv"),
-        ({"HL_USE_FUSED_SDPA": "1", "HL_USE_FAST_SOFTMAX": "1"}, "--op attention=fused_sdpa_fast"),
-        ({"HL_USE_FUSED_SDPA_WITH_RECOMPUTE": "1"}, "--op attention=fused_sdpa_recompute"),
+        ({"HL_USE_FUSED_SDPA": "1", "HL_USE_FAST_SOFTMAX": "1"}, "--use-fused-sdpa true --use-fast-softmax"),
+        ({"HL_USE_FUSED_SDPA_WITH_RECOMPUTE": "1"}, "--use-fused-sdpa-with-recompute true"),
         (
             {"HL_USE_FUSED_SDPA_WITH_RECOMPUTE": "1", "HL_USE_FAST_SOFTMAX": "1"},
-            "--op attention=fused_sdpa_fast_recompute",
+            "--use-fused-sdpa-with-recompute true --use-fast-softmax",
         ),
         ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "10"}, "--fp8-interval 1"),
         ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "3072"}, "--fp8-interval 3"),
         ({**_FP8, "HL_FP8_AMAX_REDUCE": "0"}, "--no-fp8-amax-reduce"),
+        (
+            {**_FP8, "HL_USE_CACHE_FP8_WEIGHT": "1", "HL_USE_CACHE_FP8_WEIGHT_FWD": "1"},
+            "--cache-fp8-weight --cache-fp8-weight-fwd true",
+        ),
         (
             {"HL_TENSOR_LOGGER": "1", "HL_TENSOR_LOGGER_END_ITER": "2", "HL_RESULTS_DIR": "r"},
             "--log-model-inputs --log-fwd-activations --log-bwd-grads --tensor-logger-path r/tensordumps "
@@ -189,7 +193,8 @@ def test_what_is_off_leaves_no_flag(variables, words):
         ({"HL_TENSOR_LOGGER_END_ITER": "3"}, "HL_TENSOR_LOGGER_END_ITER=3 says nothing without HL_TENSOR_LOGGER=1"),
         ({"HL_CHECK_TP_NORM_TYPE": "io"}, "HL_CHECK_TP_NORM_TYPE=io says nothing without HL_CHECK_TP_NORM=1"),
         ({"HL_CHECK_TP_NORM": "1"}, "--check-tp-norm-type all: must be wb"),
-        ({"HL_USE_FAST_SOFTMAX": "1", "HL_USE_FUSED_SDPA": "0"}, "SOFTMAX=1 says nothing with HL_USE_FUSED_SDPA=0"),
+        ({"HL_USE_FAST_SOFTMAX": "1", "HL_USE_FUSED_SDPA": "0"}, "--use-fast-softmax: only with --use-fused-sdpa true"),
+        ({"HL_USE_CACHE_FP8_WEIGHT": "1"}, "WEIGHT=1 says nothing without HL_USE_TRANSFORMER_ENGINE=1"),
         ({**_FP8, "HL_FP8_MEASURE_INTERVAL": "1500"}, "must be a multiple of 1024, the forward passes of a step"),
         ({"HL_SCHEDULER_BATCH_SIZE": "8 16"}, "--scheduler-batch-size and --batch-sched-samples: give both"),
         ({"HL_QNPU_DIR": "/q"}, "activate that environment"),

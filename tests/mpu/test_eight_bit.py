@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.accelerators.base import FLOAT8
-from megatron.mpu.eight_bit import EightBitScaling, ScalingRecipe
+from megatron.mpu.eight_bit import EightBitLinear, EightBitScaling, ScalingRecipe
 from megatron.mpu.groups import single_process
 from megatron.ops import float8
 
@@ -75,6 +75,24 @@ def test_what_is_no_measure_repeats_the_one_before(bad):
     _step(scaling, 7.0)
     _step(scaling, bad, 1.0) if bad else _step(scaling, bad)
     assert _step(scaling, 1.0) == [64.0]
+
+
+def test_weights_are_cast_once_per_step_where_they_are_kept():
+    news = []
+
+    class Product:
+        def __call__(self, x, weight, x_scale, weight_scale, gradient_scale, *, new_weight=None):
+            news.append((new_weight, weight_scale.item()))
+            return x
+
+    for keep in (True, False):
+        scaling = _scaling(keep_weights=keep)
+        layer = EightBitLinear(Product(), scaling, 0)
+        for _ in range(2):
+            layer(torch.ones(1), torch.full((1,), 7.0))
+            layer(torch.ones(1), torch.full((1,), 7.0))
+            scaling.after_step()
+    assert news == [(True, 64.0), (False, 64.0)] * 2 + [(None, 64.0)] * 4
 
 
 def test_checkpoints_hold_the_history_by_logical_name():

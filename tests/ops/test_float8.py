@@ -66,7 +66,7 @@ def test_scales_are_the_largest_powers_that_do_not_overflow() -> None:
     assert float8.scale_of(torch.zeros(1), 448.0, 2) == 1.0
 
 
-def _expected(
+def expected_products(
     x: np.ndarray, w: np.ndarray, g: np.ndarray, scales: tuple[float, float, float], name: str, wgrad: bool
 ) -> list[np.ndarray]:
     forward, backward = {"hybrid": ("E4M3", "E5M2"), "e4m3": ("E4M3",) * 2, "e5m2": ("E5M2",) * 2}[name]
@@ -99,9 +99,25 @@ def test_products_are_those_of_the_rounded_numbers(make, name: str, dtype: torch
     y.backward(torch.tensor(g, dtype=dtype).view(4, 4, 48))
     assert len(seen) == 1 and seen[0].shape == (4, 4, 48)
     found = [y.detach().view(16, 48), a.grad, b.grad]
-    for mine, true in zip(found, _expected(x, w, g, scales, name, wgrad), strict=True):
+    for mine, true in zip(found, expected_products(x, w, g, scales, name, wgrad), strict=True):
         error = np.abs(mine.double().numpy() - true).max() / np.abs(true).max()
         assert error <= (EXACT if dtype == torch.float64 else ROUNDING)
+
+
+@pytest.mark.parametrize("make", [reference.make_linear, scaled_mm.make], ids=["reference", "scaled_mm"])
+def test_a_weight_that_is_kept_gives_the_same_products_and_is_not_read_again(make) -> None:
+    x, weight = torch.randn(16, 32).requires_grad_(), torch.randn(48, 32).requires_grad_()
+    two = torch.tensor(2.0)
+    product = make(32, 48, float8.formats("hybrid", FLOAT8, weight_gradient=True))
+
+    def results(read: torch.Tensor, new: bool | None) -> tuple[torch.Tensor, ...]:
+        y = product(x, read, two, two, lambda gradient: two, new_weight=new)
+        return y, *torch.autograd.grad(y, (x, read), y.detach())
+
+    plain, first = results(weight, None), results(weight, True)
+    later = results(torch.full_like(weight, torch.nan).requires_grad_(), False)
+    for one, same, kept in zip(plain, first, later, strict=True):
+        assert torch.equal(one, same) and torch.equal(one, kept)
 
 
 def test_refusals() -> None:

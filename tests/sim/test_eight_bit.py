@@ -32,15 +32,17 @@ def _start(device: Any) -> Any:
     )
 
 
-def _products(make: Any, device: torch.device) -> list[np.ndarray]:
+def _products(make: Any, device: torch.device, news: tuple[bool | None, bool | None]) -> list[np.ndarray]:
+    """Results and gradients of two micro-batches; `news`: what is said of the weight of each."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(s, generator=generator).to(device).requires_grad_() for s in ((16, 2, 64), (48, 64)))
     largest = {torch.float8_e5m2: 57344.0}
     product = make(64, 48, float8.formats("e5m2", largest, weight_gradient=True))
     one, two = (torch.tensor(scale, device=device) for scale in (2.0**13, 2.0**10))
     results = []
-    for scale in (2.0**20, 2.0**3):  # two micro-batches; a backward takes the scales of its own forward
-        results.append((product(x, weight, one, two, lambda g, s=scale: torch.tensor(s, device=device)), scale))
+    for scale, new in zip((2.0**20, 2.0**3), news, strict=True):  # a backward takes the scales of its own forward
+        y = product(x, weight, one, two, lambda g, s=scale: torch.tensor(s, device=device), new_weight=new)
+        results.append((y, scale))
     found = []
     for y, _ in reversed(results):
         gradients = torch.autograd.grad(y, (x, weight), torch.randn(y.shape, generator=generator).to(device))
@@ -52,14 +54,14 @@ def _on_the_card() -> tuple[list[np.ndarray], set[str]]:
     accelerator = accelerators.select("hpu")
     ops, _ = build_table(accelerator, {"make_linear": "transformer_engine"})
     with counted("hpu") as counts:
-        found = _products(ops.make_linear, accelerator.set_device(0))
+        found = _products(ops.make_linear, accelerator.set_device(0), (True, False))
         return found, set(counts().vendor())
 
 
 def test_the_engine_computes_what_the_definition_says():
     ((found, operators),) = run_on_sim("hpu", _on_the_card)
     assert operators == {"cast_to_fp8_v2", "fp8_gemm_v2"}
-    for mine, true in zip(found, _products(reference.make_linear, torch.device("cpu")), strict=True):
+    for mine, true in zip(found, _products(reference.make_linear, torch.device("cpu"), (None, None)), strict=True):
         assert np.abs(mine - true).max() <= SUMS * np.abs(true).max()
 
 
@@ -68,7 +70,7 @@ def test_training_equals_the_cpus_also_in_a_pipeline_with_recomputation():
     flags = (*E5M2, "--transformer-impl", "transformer_engine")
     one = curve(Layout("1 card", 1, model=DEEP), flags, STEPS, start=_start("hpu"))
     assert difference(one.losses, expected.losses) <= ORDER
-    recomputed = (*flags, "--recompute-granularity", "full")
+    recomputed = (*flags, "--recompute-granularity", "full", "--cache-fp8-weight")
     four = curve(Layout("4 cards", 4, TP2_PP2, model=DEEP), recomputed, STEPS, start=_start("hpu"))
     assert difference(four.losses, expected.losses) <= ORDER
     assert difference(four.norms, expected.norms) <= ORDER

@@ -42,18 +42,19 @@ def test_loss_is_close_to_16_bits(recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [DELAYED, CURRENT], ids=["delayed", "current"])
-def test_recomputation_repeats_every_bit(recipe):
-    assert curve(ONE, (*recipe, "--recompute-granularity", "full"), STEPS) == curve(ONE, recipe, STEPS)
+def test_recomputation_and_kept_weights_repeat_every_bit(recipe):
+    again = curve(ONE, (*recipe, "--recompute-granularity", "full", "--cache-fp8-weight"), STEPS)
+    assert again == curve(ONE, recipe, STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "flags"),
     [
-        ("DP2", ("--zero-stage", "3")),
+        ("DP2", ("--zero-stage", "3", "--cache-fp8-weight")),
         ("PP2 interleaved", ()),
         ("PP2 TP2 SP 1f1b", ()),
-        ("PP2 1f1b", ("--deepspeed", "--zero-stage", "1")),
+        ("PP2 1f1b", ("--deepspeed", "--zero-stage", "1", "--cache-fp8-weight")),
     ],
 )
 def test_scales_and_losses_do_not_depend_on_the_layout(layout, flags, tmp_path):

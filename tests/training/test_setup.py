@@ -35,6 +35,11 @@ def _asked(device: str, *flags: str, ranks: int = 1) -> dict[str, str]:
         ("npu", ("--no-masked-softmax-fusion",), "attention", "reference"),
         ("hpu", ("--use-fused-sdpa", "false"), "attention", "reference"),
         ("hpu", ("--op", "attention=fused_sdpa_recompute"), "attention", "fused_sdpa_recompute"),
+        ("hpu", ("--use-fast-softmax", "--use-fused-sdpa", "true"), "attention", "fused_sdpa_fast"),
+        (
+            *("hpu", ("--use-fused-sdpa-with-recompute", "--use-fast-softmax"), "attention"),
+            "fused_sdpa_fast_recompute",
+        ),
     ],
 )
 def test_flags_for_kernels(device, flags, op, implementation):

@@ -57,15 +57,15 @@ class _Product(torch.autograd.Function):
     """x w^T + bias of 8-bit x and w; in backward of 8-bit gradients and, with HYBRID, of E5M2 forms of x and w."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Linear, first: bool | None) -> Tensor:
         meta, (forward, backward) = layer.fp8_meta["scaling_fwd"], fp8.STATE.recipe.fp8_format.value
         rows = x.flatten(0, -2)
-        operands = [_cast(tensor, meta, column, forward) for column, tensor in enumerate((rows, weight))]
-        kept = [_cast(tensor, meta, column, backward) for column, tensor in enumerate((rows, weight))]
-        ctx.save_for_backward(*kept, meta.scale_inv)
+        weights = layer.cast_weight(weight, (forward, backward), first)
+        ctx.save_for_backward(_cast(rows, meta, 0, backward), weights[1], meta.scale_inv)
         ctx.layer, ctx.recipe, ctx.shape, ctx.biased = layer, fp8.STATE.recipe, x.shape, bias is not None
         ctx.group, ctx.measured = fp8.STATE.group, layer.measured
-        y = _gemm(operands[0], False, operands[1], True, x.dtype, meta.scale_inv[0], meta.scale_inv[1], bias)
+        x8 = _cast(rows, meta, 0, forward)
+        y = _gemm(x8, False, weights[0], True, x.dtype, meta.scale_inv[0], meta.scale_inv[1], bias)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Product(torch.autograd.Function):
         g = _cast(rows, meta, 0, torch.float8_e5m2)
         dx = _gemm(g, False, weight, False, grad.dtype, meta.scale_inv[0], scale_inv[1], None)
         dw = _gemm(g, True, x, False, grad.dtype, meta.scale_inv[0], scale_inv[0], None)
-        return dx.view(ctx.shape), dw, rows.sum(0) if ctx.biased else None, None
+        return dx.view(ctx.shape), dw, rows.sum(0) if ctx.biased else None, None, None
 
 
 def _gemm(
@@ -116,6 +116,7 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=params_dtype, device="hpu")) if bias else None
         self.fp8_meta: dict[str, Any] = {"scaling_fwd": Meta.of(2, 1), "scaling_bwd": Meta.of(1, 1)}
         self.runs, self.measured = 0, False
+        self._cast: list[Tensor] | None = None
 
     def forward(
         self,
@@ -134,7 +135,18 @@ class Linear(nn.Module):
         if not fp8.is_fp8_enabled():
             return F.linear(inp, weight, bias)
         self._prepare(inp, weight)
-        return _Product.apply(inp, weight, bias, self)
+        return _Product.apply(inp, weight, bias, self, is_first_microbatch)
+
+    def cast_weight(self, weight: Tensor, formats: tuple[torch.dtype, ...], first: bool | None) -> list[Tensor]:
+        """The weight in the formats of the forward and the backward pass; made by the first micro-batch with it."""
+        if first is False:
+            if self._cast is None:
+                raise ValueError("is_first_microbatch is False, but there was none with True")
+            return self._cast
+        cast = [_cast(weight, self.fp8_meta["scaling_fwd"], 1, dtype) for dtype in formats]
+        if first:
+            self._cast = cast
+        return cast
 
     def _prepare(self, inp: Tensor, weight: Tensor) -> None:
         recipe, meta = fp8.STATE.recipe, self.fp8_meta["scaling_fwd"]
