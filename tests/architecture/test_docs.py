@@ -16,7 +16,7 @@ from megatron.launch.__main__ import main as launch
 from tests.architecture.commands import Command, commands
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMANDS = [
     pytest.param(page.relative_to(ROOT), command, marks=[] if page.name == "README.md" else [pytest.mark.slow])
     for page in PAGES
