@@ -14,7 +14,7 @@ _MODELS: Mapping[str, tuple[str, ...]] = {
 }
 _EXPERTS = {"8x7b": "8", "small": "4"}
 _LENGTHS = {"8x7b": "32768", "small": "256"}
-_TAKEN_AWAY = ("HL_LLAMA_VER", "HL_LLAMA_MODEL_SIZE", "HL_CKP_ACT", "HL_NO_PIPELINE_PARALLEL", "HL_UNIV_CP")
+_TAKEN_AWAY = ("HL_LLAMA_VER", "HL_LLAMA_MODEL_SIZE", "HL_NO_PIPELINE_PARALLEL", "HL_UNIV_CP")
 
 
 def _experts(text: str, values: Values) -> tuple[str, ...]:
@@ -46,7 +46,6 @@ MODEL: tuple[Variable, ...] = (
     value("HL_MOE_MIN_CAP", "--moe-min-capacity", "tokens that every expert can take at least"),
     value("HL_LR_WARMUP_ITERS", "--lr-warmup-iters", "steps over which the learning rate rises"),
     value("HL_SEQ_LEN", "--seq-length", "tokens per sample"),
-    choice("HL_CKP_ACT", hpu_rows.RECOMPUTE, "recompute in the backward pass: 0 nothing, 1 and 4 layers, 2 attention"),
     hpu_rows.nonzero(_BINS, "--moe-num-capacity-bins", "numbers that the tokens of experts are rounded up to"),
     _of_bins("HL_MOE_CAPACITY_BINS", "--moe-capacity-bins", "these numbers: experts,number,number,..."),
     _of_bins("HL_CAPACITY_BINS_EXP_BASE", "--moe-capacity-bins-exp-base", "how much each of them grows"),

@@ -199,6 +199,9 @@ RECOMPUTE: Mapping[str, tuple[str, ...]] = {
     "0": (),
     "1": ("--recompute-granularity", "full", "--recompute-method", "uniform"),
     "2": ("--recompute-granularity", "selective"),
+    "3": ("--recompute-granularity", "mlp"),
     "4": ("--recompute-granularity", "full", "--recompute-method", "uniform"),
 }
-CKP_ACT = choice("HL_CKP_ACT", RECOMPUTE, "recompute in the backward pass: 0 nothing, 1 and 4 layers, 2 attention")
+CKP_ACT = choice(
+    *("HL_CKP_ACT", RECOMPUTE, "recompute in the backward pass: 0 nothing, 1 and 4 layers, 2 attention, 3 the MLP")
+)

@@ -35,7 +35,7 @@ _OLDER = {"HL_DATASET_NAME", "HL_TORCH_COMPILE_BACKEND"}
 _OURS = {"HL_SCHEDULER_SEQ_LEN"}
 _WORDS = ("0", "1", "2", "3", "4", "8", "16", "64", "-1", "true", "false", "abc", "2.5", "x/y", "3,4")
 _USUAL = {
-    "HL_CKP_ACT": ["0", "1", "2", "4"],
+    "HL_CKP_ACT": ["0", "1", "2", "3", "4"],
     "HL_DP": ["1", "2", "4"],
     "HL_DROPOUT": ["0.0", "0.1"],
     "HL_GBS": ["64", "1024"],
@@ -107,6 +107,7 @@ def test_names_of_another_script_are_refused():
     [
         ({"HL_CKP_ACT": "1"}, "--recompute-granularity full --recompute-method uniform"),
         ({"HL_CKP_ACT": "2"}, "--recompute-granularity selective"),
+        ({"HL_CKP_ACT": "3"}, "--recompute-granularity mlp"),
         ({"HL_GRAD_ACCUM_DTYPE": "bf16"}, "--grad-reduce-in-bf16"),
         ({"HL_USE_FUSED_SDPA": "1"}, "--use-fused-sdpa true"),
         ({"HL_USE_FUSED_RMSNORM": "0"}, "--use-fused-rmsnorm false"),
@@ -173,7 +174,7 @@ def test_what_is_off_leaves_no_flag(variables, words):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"HL_CKP_ACT": "3"}, "HL_CKP_ACT=3 is none of 0, 1, 2, 4"),
+        ({"HL_CKP_ACT": "5"}, "HL_CKP_ACT=5 is none of 0, 1, 2, 3, 4"),
         ({"HL_LLAMA_VER": "4"}, "HL_LLAMA_VER=4 is none of 1, 2, 3.1"),
         ({"HL_LLAMA_MODEL_SIZE": "8"}, "HL_LLAMA_MODEL_SIZE=8 is none of 7, 13, 65, the sizes of HL_LLAMA_VER=1"),
         ({"HL_TP": "3"}, r"HL_TP=3 x HL_PP=2 = 6 devices .* do not divide 8"),
