@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ from megatron.checkpoint.vocabulary import has_vocabulary_rows
 T = TypeVar("T")
 
 _NAMES_SHOWN = 8
+# What a run measures itself: without it in the checkpoint, or in another shape, the run measures anew.
+_MEASURED = ("fp8",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ def load(
             converted to the tensor's dtype. Embedding rows beyond the stored vocabulary become zero.
         iteration: which checkpoint; None: the one the tracker names.
         sections: take only tensors whose name begins with one of these, for example {"model"}; None: all.
-        strict: refuse a checkpoint that lacks tensors of `into` or has others; else say so and load the rest.
+        strict: refuse a checkpoint that lacks tensors of `into` or has others; else say so and load the rest. What a
+            run measures itself ("fp8") is never a reason to refuse one.
         vocab_size: tokens that exist, as for `TrainingState`; a checkpoint with another number is refused.
         verify: hash every file before use; the ranks share the work. Presence and lengths are always checked.
         fallback: if the checkpoint is damaged, say so loudly and take the newest older one that is whole.
@@ -93,7 +96,7 @@ def load(
         CheckpointMismatch: it does not fit `into`, or `iteration` does not exist. On all ranks, as every error.
     """
     ranks = Ranks.of(group)
-    wanted = {name: tensor for name, tensor in into.items() if sections is None or name.split(".")[0] in sections}
+    wanted = {name: tensor for name, tensor in into.items() if sections is None or _section(name) in sections}
 
     def attempt(path: Location) -> Loaded:
         opened = _open(path, verify, ranks)
@@ -224,16 +227,18 @@ def _fitting(
     """
     stored = opened.manifest.tensors
     missing = [name for name in into if name not in stored]
-    present = {name: tensor for name, tensor in into.items() if name in stored}
-    wrong = [fault for name, t in present.items() if (fault := _difference(name, stored[name], t, vocab_size))]
-    answers = ranks.each(lambda: (missing, wrong, list(present)))
-    used = {name for _, _, names in answers for name in names}
-    unused = [n for n in stored if n not in used and (sections is None or n.split(".")[0] in sections)]
+    faults = {n: fault for n, t in into.items() if n in stored and (fault := _difference(n, stored[n], t, vocab_size))}
+    present = {name: tensor for name, tensor in into.items() if name in stored and name not in faults}
+    answers = ranks.each(lambda: (missing, faults, list(present)))
+    lacking = [name for part, _, _ in answers for name in part]
+    differing = {name: fault for _, part, _ in answers for name, fault in part.items()}
+    used = {*differing, *(name for _, _, names in answers for name in names)}
+    unused = [n for n in stored if n not in used and (sections is None or _section(n) in sections)]
     names_differ = [
-        *_listing("missing in the checkpoint", [name for part, _, _ in answers for name in part]),
-        *_listing("not part of this run", unused),
+        *_listing("missing in the checkpoint", _not_measured(lacking)),
+        *_listing("not part of this run", _not_measured(unused)),
     ]
-    shapes_differ = _listing("different", [fault for _, part, _ in answers for fault in part])
+    shapes_differ = _listing("different", [differing[name] for name in _not_measured(differing)])
     if shapes_differ or (strict and names_differ):
         raise CheckpointMismatch(
             "\n  ".join([f"{opened.loaded.path} does not fit this run:", *names_differ, *shapes_differ])
@@ -242,7 +247,24 @@ def _fitting(
         )
     for line in names_differ:
         _say(ranks, log, f"WARNING: {opened.loaded.path}: {line}")
+    for line in _measured([*lacking, *differing], unused):
+        _say(ranks, log, f" {opened.loaded.path}: {line}")
     return present
+
+
+def _section(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _not_measured(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _section(name) not in _MEASURED]
+
+
+def _measured(lacking: Iterable[str], unused: Iterable[str]) -> list[str]:
+    """What is said about measurements that cannot be taken over, or are not needed."""
+    texts = {"not there, or of another shape; this run measures anew": lacking, "not needed by this run": unused}
+    found = {text: {_section(name) for name in names} for text, names in texts.items()}
+    return [f"{section}: {text}" for text, sections in found.items() for section in _MEASURED if section in sections]
 
 
 def _listing(what: str, names: Sequence[str]) -> list[str]:

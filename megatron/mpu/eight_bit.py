@@ -68,6 +68,7 @@ class EightBitScaling:
         self._known = False
         self.epoch = 0
         """Changes whenever weights or scales do."""
+        self._make_room()
 
     @property
     def keeps_weights(self) -> bool:
@@ -77,11 +78,14 @@ class EightBitScaling:
     def add(self, name: str) -> int:
         """Make room for the scales of a layer of this logical name; returns its number. Before the first step."""
         self._names.append(name)
+        self._make_room()
+        return len(self._names) - 1
+
+    def _make_room(self) -> None:
         count = len(self._names)
         self._history = torch.zeros(count, self._recipe.history, 3)
         self._seen = torch.zeros(count, 3, device=self._device)
         self._scales = torch.ones(count, 3, device=self._device)
-        return count - 1
 
     def scale(self, layer: int, which: int, tensor: Tensor) -> Tensor:
         """The scale for a tensor of a layer in this step, float32 scalar; the tensor is measured if it is time.
@@ -118,6 +122,12 @@ class EightBitScaling:
             self._seen.zero_()
             self.refresh()
         self._steps += 1
+
+    def forget(self) -> None:
+        """Begin as a new run does. Whoever fills `tensors` from a checkpoint that may lack them does this first."""
+        for tensor in (self._history, self._seen, self._steps):
+            tensor.zero_()
+        self.refresh()
 
     def refresh(self) -> None:
         """Make the scales anew, from a history that has changed."""

@@ -270,6 +270,8 @@ class DeepSpeedEngine:
     def load(self, source: LoadSource, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
         """Restore weights and optimizer state from a checkpoint of any layout and engine; see `Engine`."""
         tensors = self._state.tensors(optimizer=optimizer, saving=False)
+        if self._eight_bit is not None:
+            self._eight_bit.forget()
         loaded = checkpoint.load(
             source.root,
             into=tensors | (self._scaling() if optimizer else {}),

@@ -172,6 +172,8 @@ class NativeEngine:
 
     def load(self, source: LoadSource, *, optimizer: bool, log: Callable[[str], None]) -> Loaded | None:
         """Restore weights and optimizer state from a checkpoint of any layout; see `Engine`."""
+        if self._eight_bit is not None:
+            self._eight_bit.forget()
         loaded = checkpoint.load(
             source.root,
             into=self._tensors(optimizer=optimizer),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron import checkpoint
 from megatron.checkpoint.tensors import stream_tensors
 from megatron.ops.float8 import scale_of
-from tests.parity import DEEP, Layout, curve, difference, layout_of
+from tests.parity import DEEP, Curve, Layout, curve, difference, layout_of
 
 STEPS = 4
 DELAYED = ("--fp8-format", "hybrid", "--fp8-amax-history-len", "2", "--fp8-amax-compute-algo", "max")
@@ -93,6 +94,33 @@ def test_another_layout_and_engine_go_on_with_the_scales(tmp_path):
     loaded = ("--load", str(tmp_path), "--exit-on-missing-checkpoint", "--deepspeed", "--zero-stage", "1")
     resumed = curve(layout_of("DP2"), (*DELAYED, *loaded), 2 * STEPS)
     assert difference(resumed.losses, whole.losses[STEPS:]) <= ORDER
+
+
+def _without_history(source: Path, target: Path) -> None:
+    """Write the checkpoint as a run without 8-bit layers would have written it, and nothing else changed."""
+    record = checkpoint.read_record(source)
+    assert record is not None
+    tensors = {name: t for name, t in stream_tensors(record.path) if not name.startswith("fp8.")}
+    state = checkpoint.TrainingState(tensors=tensors, progress=record.progress, run=record.run)
+    checkpoint.save(target, record.iteration, state, log=lambda _: None)
+
+
+@pytest.mark.slow
+def test_eight_bits_are_switched_on_and_off_in_the_middle_of_a_run(tmp_path):
+    with_history, without = tmp_path / "with", tmp_path / "without"
+    curve(ONE, (*DELAYED, *_saving(with_history)), STEPS)
+    _without_history(with_history, without)
+
+    def resumed(folder: Path, *flags: str) -> Curve:
+        return curve(ONE, (*flags, "--load", str(folder), "--exit-on-missing-checkpoint"), STEPS + 2)
+
+    assert resumed(with_history) == resumed(without)  # weights, optimizer, schedule: all but the history
+    # Without a history the scales of the first step are those of the tensors themselves.
+    current = resumed(without, *DELAYED[:2], "--fp8-recipe", "tensorwise")
+    longer = ("--fp8-amax-history-len", "5")
+    for new in (resumed(without, *DELAYED), resumed(with_history, *DELAYED, *longer)):
+        assert (new.losses[0], new.norms[0]) == (current.losses[0], current.norms[0])
+        assert 0.0 < difference(new.norms, current.norms) <= EIGHT_BITS
 
 
 @pytest.mark.slow
