@@ -56,7 +56,6 @@ class BatchStream:
 
     def __init__(self, dataset: Samples, sampler: _Sampler, options: LoaderOptions) -> None:
         self.num_samples = len(dataset)
-        self.rewinds_to = sampler.start
         self._loader = _loader(dataset, sampler, options)
         self._batches: Iterator[Batch] | None = None
 

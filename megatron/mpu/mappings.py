@@ -37,17 +37,6 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return collectives.own_part(x, group).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return collectives.all_gather(grad, ctx.group), None
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, partial_grad: bool) -> Tensor:
@@ -102,11 +91,6 @@ def copy_to_region(x: Tensor, group: Group) -> Tensor:
 def reduce_from_region(x: Tensor, group: Group) -> Tensor:
     """Sum of the members' `x` [...]; the gradient passes unchanged."""
     return _Reduce.apply(x, group) if group.size > 1 else x
-
-
-def scatter_sequence(x: Tensor, group: Group) -> Tensor:
-    """This member's part of a replicated `x`: [s, ...] -> [s/size, ...]; gradients are joined again."""
-    return _Scatter.apply(x, group) if group.size > 1 else x
 
 
 def gather_sequence(x: Tensor, group: Group, *, partial_grad: bool) -> Tensor:

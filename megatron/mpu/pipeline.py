@@ -8,7 +8,6 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -70,13 +69,3 @@ class StageLayout:
         """Global numbers of the layers of a stage."""
         ends = list(accumulate(self.layers))
         return range(ends[stage] - self.layers[stage], ends[stage])
-
-
-def whole_model(num_layers: int) -> StageLayout:
-    """The layout without a pipeline: one stage on one rank."""
-    return StageLayout(1, (num_layers,))
-
-
-def layers_of_rank(layout: StageLayout, rank: int) -> Sequence[int]:
-    """Global numbers of all layers that a rank holds."""
-    return [layer for stage in layout.stages_of(rank) for layer in layout.layers_of(stage)]

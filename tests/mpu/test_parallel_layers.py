@@ -58,9 +58,6 @@ def _check_mappings() -> None:
     _check_mapping(lambda x: mappings.copy_to_region(x, group), xs[rank], grads[rank], xs[rank], grad_sum)
     _check_mapping(lambda x: mappings.reduce_from_region(x, group), xs[rank], grads[rank], x_sum, grads[rank])
     _check_mapping(
-        lambda x: mappings.scatter_sequence(x, group), xs[0], grad_shards[rank], xs[0][part], torch.cat(grad_shards)
-    )
-    _check_mapping(
         lambda x: mappings.gather_sequence(x, group, partial_grad=True),
         shards[rank],
         grads[rank],
@@ -89,7 +86,7 @@ def _check_mappings() -> None:
         grads[rank],
     )
     with pytest.raises(ValueError, match="dimension of 6 cannot be divided over 4 ranks"):
-        mappings.scatter_sequence(_draw(6, 1), group)
+        mappings.reduce_scatter_sequence(_draw(6, 1), group)
 
 
 def test_mappings_and_their_gradients() -> None:
@@ -101,7 +98,6 @@ def test_a_group_of_one_is_the_identity() -> None:
     for mapping in (
         mappings.copy_to_region,
         mappings.reduce_from_region,
-        mappings.scatter_sequence,
         mappings.reduce_scatter_sequence,
         mappings.gather_last_dim,
         collectives.all_reduce,
