@@ -55,24 +55,50 @@ def eight_bit_products_are_plain(
 
 def eight_bit_products_have_whole_blocks(
     fp8_format: str | None,
-    micro_batch_size: int,
-    seq_length: int,
     hidden_size: int,
     ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    kv_channels: int,
     tensor_model_parallel_size: int,
 ) -> str | None:
-    """Matrix units take 8-bit numbers in blocks of 16."""
+    """Matrix units take 8-bit numbers in blocks of 16: features of a rank."""
     if fp8_format is None:
         return None
+    ranks = tensor_model_parallel_size
+    over = f"over {ranks} tensor-parallel ranks"
     counts = {
-        f"--micro-batch-size {micro_batch_size} x --seq-length {seq_length}": micro_batch_size * seq_length,
         f"--hidden-size {hidden_size}": hidden_size,
-        f"--ffn-hidden-size {ffn_hidden_size} over {tensor_model_parallel_size} tensor-parallel ranks": (
-            ffn_hidden_size // tensor_model_parallel_size
+        f"--ffn-hidden-size {ffn_hidden_size} {over}": ffn_hidden_size // ranks,
+        f"--num-attention-heads {num_attention_heads} x --kv-channels {kv_channels} {over}": (
+            num_attention_heads * kv_channels // ranks
+        ),
+        f"--num-key-value-heads {num_key_value_heads} x --kv-channels {kv_channels} {over}": (
+            max(1, num_key_value_heads // ranks) * kv_channels
         ),
     }
     wrong = [text for text, count in counts.items() if count % _STEP]
     return f"--fp8-format {fp8_format}: {wrong[0]} must be a multiple of {_STEP}" if wrong else None
+
+
+def eight_bit_products_have_whole_blocks_of_tokens(
+    fp8_format: str | None,
+    micro_batch_size: int,
+    seq_length: int,
+    scheduler_seq_length: tuple[int, ...] | None,
+    ring_parallel_size: int,
+    ulysses_parallel_size: int,
+) -> str | None:
+    """The same for the tokens of a micro-batch on a rank, in every part of the run."""
+    if fp8_format is None:
+        return None
+    share = ring_parallel_size * ulysses_parallel_size
+    lengths = scheduler_seq_length or (seq_length,)
+    wrong = [str(length) for length in dict.fromkeys(lengths) if micro_batch_size * length // share % _STEP]
+    flag = "--seq-length" if scheduler_seq_length is None else "--scheduler-seq-length"
+    over = f" over {share} ranks that share a sequence" if share > 1 else ""
+    text = f"--micro-batch-size {micro_batch_size} x {flag} {', '.join(wrong)}{over}"
+    return f"--fp8-format {fp8_format}: {text} must be a multiple of {_STEP}" if wrong else None
 
 
 RULES: tuple[Rule, ...] = (
@@ -80,4 +106,5 @@ RULES: tuple[Rule, ...] = (
     history_is_for_delayed_scaling,
     eight_bit_products_are_plain,
     eight_bit_products_have_whole_blocks,
+    eight_bit_products_have_whole_blocks_of_tokens,
 )

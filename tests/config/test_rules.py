@@ -495,6 +495,19 @@ TABLE = [
     ),
     (
         F.eight_bit_products_have_whole_blocks,
+        "--fp8-format hybrid --num-attention-heads 8 --num-key-value-heads 1",
+        "",
+        "--fp8-format hybrid: --num-key-value-heads 1 x --kv-channels 8 multiple of 16",
+    ),
+    (
+        F.eight_bit_products_have_whole_blocks_of_tokens,
+        "--fp8-format hybrid --micro-batch-size 1 --global-batch-size 8 --scheduler-batch-size 8 8 8 "
+        "--batch-sched-samples 0 8 16 --scheduler-seq-length 4 8 32",
+        "",
+        "--fp8-format hybrid: --micro-batch-size 1 x --scheduler-seq-length 4, 8 must be a multiple of 16",
+    ),
+    (
+        F.eight_bit_products_have_whole_blocks_of_tokens,
         "--fp8-format hybrid --micro-batch-size 1 --seq-length 24",
         "",
         "--fp8-format hybrid: --micro-batch-size 1 x --seq-length 24 multiple of 16",
