@@ -7,6 +7,8 @@ starts them itself.
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,13 +72,25 @@ def deepspeed(job: Job) -> list[str]:
         return [*command, "--no_local_rank", *job.script]
     # The launcher hands on only variables with certain prefixes to other nodes.
     variables = [f"{name}={value}" for name, value in job.exports.items()]
-    return [*command, "--no_local_rank", "--no_python", "env", *variables, sys.executable, *job.script]
+    words = [_through_pdsh(word) for word in (*variables, sys.executable, *job.script)]
+    return [*command, "--no_local_rank", "--no_python", "env", *words]
+
+
+def _through_pdsh(word: str) -> str:
+    """A word that arrives at the other nodes as it is.
+
+    DeepSpeed's launcher joins the words to a line for the nodes' shells. It puts those with a space into double quotes,
+    with a backslash before each `"`, and leaves all others as they are; pdsh puts the node's name for `%h`, and so on.
+    """
+    word = word.replace("%", "%%")
+    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def srun(job: Job) -> list[str]:
-    """One torchrun per Slurm node; they find each other at the first node."""
+    """One torchrun per Slurm node, on all CPUs of the allocation; they find each other at the first node."""
     count = str(job.nodes)
-    command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpu-bind=none"]
+    command += ["--kill-on-bad-exit=1"]
     return [*command, *_torchrun(job, _rendezvous(job))]
 
 

@@ -26,7 +26,11 @@ PASSED_ON: Mapping[str, tuple[str, ...]] = {
     "neuron": ("NEURON_", "TORCH_NEURONX_", "FI_", "CCOM_", "XLA_", "PJRT_", "MALLOC_ARENA_MAX"),
 }
 """Device -> beginnings of the names of variables that its software reads, and that every node must have."""
-_EVERYWHERE = ("GLOO_", "OMP_", "PYTHONPATH", "TORCH_DISTRIBUTED_DEBUG")
+_EVERYWHERE = (
+    *("GLOO_", "OMP_", "TORCH_DISTRIBUTED_DEBUG"),
+    # A shell that ssh starts does not know where the compilers and libraries of a vendor or a virtual environment are.
+    *("PATH", "LD_LIBRARY_PATH", "PYTHONPATH"),
+)
 
 
 def passed_on(device: str, environ: Mapping[str, str]) -> dict[str, str]:

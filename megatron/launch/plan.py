@@ -125,13 +125,13 @@ def make_plan(
     wanted = [*asked, *accelerator.environment, host_threads(processes)]
     if own.launcher == "deepspeed" and accelerator.deepspeed_name:
         wanted.append(EnvVar("DS_ACCELERATOR", accelerator.deepspeed_name, "the launcher imports DeepSpeed, too"))
-    exports = tuple({one.name: one for one in reversed(wanted) if one.name not in environ}.values())[::-1]
+    wanted = list({one.name: one for one in reversed(wanted)}.values())[::-1]
     several = nodes > 1
     passed = passed_on(accelerator.name, environ) if several else {}
     job = Job(
         script=_preflight(device, flags) if own.check else (_script(own.script), *flags),
         processes=processes,
-        exports={variable.name: variable.value for variable in exports} | passed,
+        exports={one.name: environ.get(one.name, one.value) for one in wanted} | passed,
         nodes=nodes,
         node_rank=_node_rank(own.node_rank, own.launcher, hosts, own_names, is_own_address) if several else 0,
         master_addr=_master(own.master_addr, own.launcher, hosts) if several else own.master_addr,
@@ -145,7 +145,7 @@ def make_plan(
     return Plan(
         readings=readings,
         flags=tuple(flags),
-        exports=exports,
+        exports=tuple(one for one in wanted if one.name not in environ),
         world_size=nodes * processes,
         device=accelerator.name,
         machine=own.machine,

@@ -97,4 +97,4 @@ def written(launch: Launch) -> str:
         ("command", [describe.command(plan).replace(sys.executable, "python").replace(" --", " \\\n  --")]),
     ]
     text = "\n\n".join(f"== {title}\n" + "\n".join(lines) for title, lines in parts)
-    return text.replace(str(ROOT), ".") + "\n"
+    return text.replace(str(ROOT), ".").replace(START["PATH"], "$PATH") + "\n"

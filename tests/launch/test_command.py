@@ -54,6 +54,20 @@ def test_deepspeed_hands_variables_to_other_nodes():
     assert command[start - 1 :] == ["--no_python", "env", "OMP_NUM_THREADS=4", sys.executable, *_SCRIPT]
 
 
+def _arrived(words):
+    """What a node's shell gets of the words that DeepSpeed's launcher is given, after its rules and those of pdsh."""
+    quoted = ['"{}"'.format(word.replace('"', '\\"')) if " " in word else word for word in words]
+    line = " ".join(quoted).replace("%%", "%")
+    shell = ["bash", "-c", f"printf '%s\\0' {line}"]
+    return subprocess.run(shell, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")[:-1]
+
+
+def test_words_arrive_at_other_nodes_as_they_are():
+    awkward = ["a b", "a;b", "$HOME/x", "$HOME `x y`", '{"a": "1"}', '{"a":1}', "it's", "C:\\ x", "%n of %h", "*", ""]
+    words = _arrived(deepspeed(_many(hostfile="hosts", script=("train.py", *awkward), exports={"X": "$Y;"})))
+    assert words[words.index("env") + 1 :] == ["X=$Y;", sys.executable, "train.py", *awkward]
+
+
 @pytest.mark.parametrize("builder", [srun, mpirun])
 def test_one_torchrun_per_node_meets_at_the_first(builder):
     command = builder(_many(job_id="77"))
@@ -64,7 +78,8 @@ def test_one_torchrun_per_node_meets_at_the_first(builder):
 
 
 def test_srun_starts_one_task_per_node():
-    assert srun(_many())[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    tasks = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1"]
+    assert srun(_many())[:6] == ["srun", *tasks]
 
 
 def test_mpirun_exports_variables_and_names_hosts():

@@ -83,12 +83,13 @@ def test_list_of_bare_names_needs_the_number_of_processes(script, tmp_path):
 
 
 def test_exported_variables_reach_the_processes(script, hostfile):
-    argv = ["--launcher", "mpirun", "--export", "A=1", "--export", "OMP_NUM_THREADS=7"]
-    plan = _plan(argv, {"SCRIPT": script, "HOSTFILE": hostfile, "GLOO_SOCKET_IFNAME": "eth1", "OTHER": "x"})
+    argv = ["--launcher", "mpirun", "--export", "A=1", "--export", "OMP_NUM_THREADS=7", "--export", "SAME=1"]
+    here = {"GLOO_SOCKET_IFNAME": "eth1", "LD_LIBRARY_PATH": "/opt/lib", "SAME": "1", "OTHER": "x"}
+    plan = _plan(argv, {"SCRIPT": script, "HOSTFILE": hostfile, **here})
     exports = {variable.name: variable.value for variable in plan.exports}
     assert exports["A"] == "1" and exports["OMP_NUM_THREADS"] == "7", "what is asked for wins over what is computed"
     handed_on = {name for flag, name in itertools.pairwise(plan.command) if flag == "-x"}
-    assert {"A", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"} <= handed_on and "OTHER" not in handed_on
+    assert {"A", "OMP_NUM_THREADS", *here} - {"OTHER"} <= handed_on and "OTHER" not in handed_on
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
