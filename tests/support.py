@@ -37,16 +37,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-_PRELOAD = ("torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp")
+_PRELOAD = (
+    *("torch.distributed.tensor", "torch.distributed.fsdp", "torch.profiler"),
+    *("torch._inductor.compile_fx", "setuptools", "pydantic"),  # `deepspeed.initialize` imports them: 1 s per rank
+    *("megatron.training.run", "tests.parity", "pytest"),
+)
+"""What nearly every rank imports. Not DeepSpeed itself: importing it settles what its accelerator is."""
 
 
-def worker_context(*modules: str) -> multiprocessing.context.ForkServerContext:
-    """Workers are forked from a server that has imported torch, and `modules`, once: one then starts in milliseconds.
-
-    The first call in a test process decides what is imported.
-    """
+def worker_context() -> multiprocessing.context.ForkServerContext:
+    """Workers are forked from a server that has imported the trainer once: one then starts in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOAD, *modules])
+    context.set_forkserver_preload(list(_PRELOAD))
     return context
 
 

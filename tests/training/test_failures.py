@@ -22,7 +22,7 @@ SECONDS_TO_NOTICE = 30.0  # far below a minute; measured: 2 to 3 seconds, 2 of t
 
 def run(main: Callable[[], None], world_size: int, folder: Path) -> tuple[list[int | None], list[str]]:
     """Exit codes and outputs of `world_size` processes."""
-    context = worker_context("pytest")
+    context = worker_context()
     port = free_port()
     outputs = [folder / f"{rank}.log" for rank in range(world_size)]
     processes = [

@@ -6,7 +6,7 @@ import pytest
 
 from tests.parity import PIPELINES, agrees, layout_of
 
-SHORT = 6
+SHORT = 4
 QUICK = (("PP2 1f1b", "native stage 1"),)
 FURTHER = tuple(
     (layout.name, engine) for layout in PIPELINES for engine in layout.engines if (layout.name, engine) not in QUICK
