@@ -102,6 +102,21 @@ FEATURES = (
         },
     ),
     Feature(
+        "training with 8-bit layers",
+        {
+            "cpu": "tests/training/test_eight_bit.py::test_loss_is_close_to_16_bits",
+            "hpu": "tests/sim/test_eight_bit.py::test_training_equals_the_cpus_also_in_a_pipeline_with_recomputation",
+            "npu": "!tests/sim/test_eight_bit.py::test_devices_without_8_bit_numbers_refuse_them",
+        },
+    ),
+    Feature(
+        "8-bit layers through the vendor's transformer engine",
+        {
+            "cuda": "tests/ops/test_engine_linear.py::test_products_are_those_of_the_rounded_numbers",
+            "hpu": "tests/sim/test_eight_bit.py::test_the_engine_computes_what_the_definition_says",
+        },
+    ),
+    Feature(
         "DeepSpeed's engine",
         {
             "cpu": "tests/training/test_parity.py::test_every_layout_and_engine_equals_one_process",

@@ -31,6 +31,6 @@ class DeviceConfig:
         None, "true: the device's fused RMSNorm or a refusal; false: plain operations.", words=True
     )
     transformer_impl: Literal["local", "transformer_engine"] = option(
-        "local", "transformer_engine: the device's own kernels for linear layers in 8 bits, or a refusal."
+        "local", "transformer_engine: 8-bit layers by the vendor's engine, else by the device's kernels, or a refusal."
     )
     use_torch_compile: bool = option(False, "Compile each layer with torch.compile.", words=True)

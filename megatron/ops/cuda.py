@@ -3,7 +3,7 @@
 The packages are imported when a kernel is called, never before. Their signatures, as published:
 flash-attn 2 `flash_attn.flash_attn_func` and `flash_attn_varlen_func`; flash-attn 3 the same names in
 `flash_attn_interface`; apex `apex.normalization.fused_layer_norm`; Liger `liger_kernel.ops`; Transformer Engine in
-`engine_norms`.
+`engine_norms` and `engine_linear`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron.ops import (
     attention_blocks,
     cached_attention,
+    engine_linear,
     engine_norms,
     flash_blocks,
     float8,
@@ -247,6 +248,18 @@ def make_linear(in_features: int, out_features: int, formats: float8.Formats) ->
     return scaled_mm.make(in_features, out_features, formats)
 
 
+def _engine_unavailable() -> str:
+    return engine_linear.not_installed() or _eight_bit_unavailable() or engine_linear.broken()
+
+
+@implements(
+    reference.make_linear, name="transformer_engine", tolerance=_HALF_SUMS, why_unavailable=_engine_unavailable
+)
+def engine_make_linear(in_features: int, out_features: int, formats: float8.Formats) -> float8.Product:
+    """The casts and products of Transformer Engine; see `engine_linear`."""
+    return engine_linear.EngineProduct(in_features, out_features, formats)
+
+
 def _grouped_unavailable() -> str:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= _GROUPED:
         return grouped_mm.why_unavailable()
@@ -290,6 +303,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     cross_entropy,
     torch_cross_entropy,
     make_linear,
+    engine_make_linear,
     portable.clip_grad_norm,
     portable.adamw,
 )

@@ -20,18 +20,22 @@ from torch.autograd.function import once_differentiable
 from megatron.ops import reference
 from megatron.ops.registry import TOLERANCE, implements
 
-_FIRST_VERSION = 2
+_FIRST_VERSION = (2, 0)
 _EXCLUDED_PROCESSORS, _ZERO_CENTERED = 0, False
 _TOLERANCE = {dtype: TOLERANCE[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def unavailable() -> str:
-    """Why the functions cannot be called here; empty if they can."""
+def unavailable(first: tuple[int, int] = _FIRST_VERSION) -> str:
+    """Why the package cannot be used here; empty if it can.
+
+    Args:
+        first: the first version, major and minor, that has what is needed.
+    """
     if find_spec("transformer_engine") is None:
         return "python package transformer-engine is not installed"
     version = metadata.version("transformer-engine")
-    if int(version.partition(".")[0]) < _FIRST_VERSION:
-        return f"it needs transformer-engine {_FIRST_VERSION} or later, not {version}"
+    if tuple(map(int, version.split(".")[:2])) < first:
+        return f"it needs transformer-engine {first[0]}.{first[1]} or later, not {version}"
     return ""
 
 

@@ -48,7 +48,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     backend = _backend(config, accelerator)
     asked = asked_implementations(config, accelerator)
     ops, op_lines = build_table(accelerator, asked)
-    op_lines += engine_lines(config, asked)
+    op_lines += engine_lines(config, accelerator)
     if config.deepspeed.deepspeed:
         os.environ.update(deepspeed_environment(accelerator, env))
     device = accelerator.set_device(config.parallel.local_rank)
@@ -149,12 +149,25 @@ def _no_all_reduce(config: RunConfig) -> str:
     return ""
 
 
-def engine_lines(config: RunConfig, asked: Mapping[str, str]) -> list[str]:
+def _engine(accelerator: Accelerator) -> tuple[str, str]:
+    """The 8-bit products that `--transformer-impl transformer_engine` means on a device, and why no engine makes them.
+
+    The device's first implementation takes the place of an engine that cannot be used, if it is not that engine itself.
+    """
+    candidates = implementations(accelerator, "make_linear")
+    engine = next((candidate for candidate in candidates if candidate.name == "transformer_engine"), None)
+    reason = "" if engine is None else engine.why_unavailable()
+    return (candidates[0] if engine is None or reason else engine).name, reason
+
+
+def engine_lines(config: RunConfig, accelerator: Accelerator) -> list[str]:
     """What `--transformer-impl transformer_engine` comes to, for the log; nothing without it."""
     if config.device.transformer_impl != "transformer_engine":
         return []
+    name, reason = _engine(accelerator)
+    instead = f" (transformer_engine unavailable: {reason})" if reason else ""
     return [
-        f"--transformer-impl transformer_engine: 8-bit products by {asked['make_linear']}; layers and scales are this "
+        f"--transformer-impl transformer_engine: 8-bit products by {name}{instead}; layers and scales are this "
         "program's own"
     ]
 
@@ -215,7 +228,7 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
             "leave it out"
         )
     if settings.transformer_impl == "transformer_engine":
-        name = implementations(accelerator, "make_linear")[0].name
+        name, _ = _engine(accelerator)
         if name == "reference":
             raise SetupError(f"--transformer-impl transformer_engine: {accelerator.name} has none; leave it out")
         ask("make_linear", name, "--transformer-impl transformer_engine")

@@ -2,13 +2,16 @@
 
     python -m tests.sim.snapshot npu torch_npu-2.13.0-*.whl
     python -m tests.sim.snapshot hpu path/to/a/clone/of/gaudi-pytorch-bridge
+    python -m tests.sim.snapshot cuda transformer_engine-2.20.2-py3-none-any.whl
 
 Two things are kept: the schemas of the vendor operators that this project calls, as the vendor's library registers
 them, and the names of torch's operators that have a kernel on the device. Any other operator runs on the host there.
+Of Transformer Engine, which registers none, the signatures of Python functions are.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -31,6 +34,14 @@ HPU_OPERATORS = (
     *("rotary_pos_embedding", "rotary_pos_embedding_backward", "optimizer_adamw", "fused_clip_norm"),
     *("cast_to_fp8_v2", "fp8_gemm_v2"),
 )
+ENGINE_FUNCTIONS = {
+    "ops.BasicLinear._functional_forward": "ops/basic/basic_linear.py",
+    "ops.BasicLinear._functional_backward": "ops/basic/basic_linear.py",
+    "Float8Quantizer.__init__": "tensor/float8_tensor.py",
+    "prepare_for_saving": "quantized_tensor.py",
+    "restore_from_saved": "quantized_tensor.py",
+}
+"""What `transformer_engine.pytorch` calls them, and the files that they are in."""
 
 
 def base_names(operators: Iterable[str]) -> list[str]:
@@ -105,7 +116,35 @@ def hpu(clone: Path) -> dict[str, Any]:
     }
 
 
+def cuda(wheel: Path) -> dict[str, Any]:
+    """From a wheel of transformer_engine: parameters of its functions, with their defaults."""
+    schemas = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name, file in ENGINE_FUNCTIONS.items():
+            module = ast.parse(archive.read(f"transformer_engine/pytorch/{file}"))
+            schemas[name] = _parameters(module, name.removeprefix("ops.").split("."))
+    return {
+        "package": "transformer_engine",
+        "source": wheel.name,
+        "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "schemas": schemas,
+    }
+
+
+def _parameters(where: ast.Module | ast.ClassDef, path: list[str]) -> str:
+    """As `inspect.signature` prints them, without types."""
+    kinds = ast.ClassDef if len(path) > 1 else ast.FunctionDef
+    (found,) = [node for node in where.body if isinstance(node, kinds) and node.name == path[0]]
+    if isinstance(found, ast.ClassDef):
+        return _parameters(found, path[1:])
+    arguments = found.args
+    for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg):
+        if argument is not None:
+            argument.annotation = None
+    return f"({ast.unparse(arguments)})"
+
+
 if __name__ == "__main__":
     device, path = sys.argv[1], Path(sys.argv[2])
-    content = {"npu": npu, "hpu": hpu}[device](path)
+    content = {"npu": npu, "hpu": hpu, "cuda": cuda}[device](path)
     (HERE / device / "operators.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from megatron import accelerators
 from megatron.config.run import parse
 from megatron.ops import UnavailableOpError
 from megatron.training.setup import SetupError, asked_implementations, engine_lines
+from tests.ops import engine_install
 from tests.parity import MODEL, TRAINING
 
 FLAGS = (*MODEL, *TRAINING, "--mock-data", "--train-iters", "1")
@@ -84,11 +87,26 @@ def test_a_sum_within_the_product_is_asked_for():
     assert _asked("npu", *flags, ranks=2) == {"matmul_all_reduce": "fused"}
 
 
-def test_the_log_says_what_computes_in_place_of_a_transformer_engine():
-    config = parse([*FLAGS, "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"], {})
-    (line,) = engine_lines(config, {"make_linear": "scaled_mm"})
-    assert line.startswith("--transformer-impl transformer_engine: 8-bit products by scaled_mm;")
-    assert engine_lines(parse(FLAGS, {}), {}) == []
+_ENGINE = ("--fp8-format", "hybrid", "--transformer-impl", "transformer_engine")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="the package is installed")
+def test_where_there_is_no_transformer_engine_another_kernel_computes_and_the_log_says_so():
+    (line,) = engine_lines(parse([*FLAGS, *_ENGINE], {}), accelerators.load("cuda"))
+    instead = "scaled_mm (transformer_engine unavailable: python package transformer-engine is not installed);"
+    assert line.startswith(f"--transformer-impl transformer_engine: 8-bit products by {instead}")
+    assert _asked("cuda", *_ENGINE) == {"make_linear": "scaled_mm"}
+    assert engine_lines(parse(FLAGS, {}), accelerators.load("cuda")) == []
+
+
+def test_where_there_is_a_transformer_engine_it_computes(monkeypatch, tmp_path):
+    with engine_install.simulated(monkeypatch, tmp_path, "2.20.2", capability=(9, 0)):
+        (line,) = engine_lines(parse([*FLAGS, *_ENGINE], {}), accelerators.load("cuda"))
+        assert line.startswith("--transformer-impl transformer_engine: 8-bit products by transformer_engine;")
+        assert _asked("cuda", *_ENGINE) == {"make_linear": "transformer_engine"}
+        message = "asks for make_linear=transformer_engine, another flag for make_linear=scaled_mm; give one"
+        with pytest.raises(UnavailableOpError, match=message):
+            _asked("cuda", *_ENGINE, "--op", "make_linear=scaled_mm")
 
 
 @pytest.mark.parametrize(
@@ -101,12 +119,6 @@ def test_the_log_says_what_computes_in_place_of_a_transformer_engine():
 def test_a_transformer_engine_is_refused_where_there_is_none(device, reason):
     with pytest.raises(SetupError, match=f"^{reason}$"):
         _asked(device, "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine")
-
-
-@pytest.mark.skipif(not accelerators.load("cuda").capabilities.float8, reason="needs a GPU with 8-bit products")
-def test_on_gpus_a_transformer_engine_is_torchs_products():
-    asked = _asked("cuda", "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine")
-    assert asked == {"make_linear": "scaled_mm"}
 
 
 def test_flags_that_contradict_each_other_are_refused():
