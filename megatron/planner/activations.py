@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.mpu.schedule import splits_backward
 from megatron.mpu.ulysses import copies_of_kv_heads
 from megatron.ops.blocked_attention import BLOCK_ROWS, KEEP_WEIGHTS_UP_TO
 from megatron.planner.case import Case
@@ -59,6 +60,7 @@ def returned_bytes(case: Case, stage: int) -> int:
     if case.recompute.granularity == "mlp":
         kinds = set(case.layers_with_experts(stage))
         again = max((total(_in_feed_forward(case, experts=kind)) for kind in kinds), default=0)
+        again += _input_of_feed_forward(case) if _casts_inputs(case) else 0
     sizes = _layer_bytes(case, stage)
     for span in spans:
         if span.again or span.on_host:
@@ -149,7 +151,7 @@ def _attention_block(case: Case) -> list[Saved]:
     found = [
         Saved("attention norm: input", hidden_bytes(case)),
         Saved("attention norm: row statistics", rows // case.split * _statistics(case)),
-        Saved("query, key, value: input", _normed(case)),
+        Saved("query, key, value: input", _inputs(case, _normed(case), arch.hidden_size, 3)),
     ]
     if arch.qk_norm:
         heads = arch.num_heads // t + case.kv_heads
@@ -157,10 +159,22 @@ def _attention_block(case: Case) -> list[Saved]:
     if case.recompute.granularity != "selective":
         key *= copies_of_kv_heads(case.kv_heads, case.ulysses)
     found += [Saved("query", query), Saved("key and value", 2 * key), *_attention_extra(case)]
-    found.append(Saved("attention result", query))
+    found.append(Saved("attention result", _inputs(case, query, arch.num_heads * arch.head_dim // t, 1)))
+    if _casts_inputs(case) and _kernel_keeps_result(case):
+        found.append(Saved("attention result: of the kernel", query))
     if arch.hidden_dropout > 0.0:
         found.append(_mask(case, "attention"))
     return found
+
+
+def _kernel_keeps_result(case: Case) -> bool:
+    """Whether the attention kernel itself keeps what the next product takes."""
+    ring = case.cp > case.ulysses
+    return (
+        case.recompute.granularity != "selective"
+        and case.ulysses == 1
+        and (ring or case.kernels.attention in ("fused", "masked"))
+    )
 
 
 def _attention_extra(case: Case) -> list[Saved]:
@@ -209,8 +223,10 @@ def _feed_forward(case: Case, *, experts: bool) -> list[Saved]:
         Saved("feed-forward norm: row statistics", case.tokens // case.split * _statistics(case)),
     ]
     again = case.recompute.granularity == "mlp"
-    if again or dense_width(case, experts=experts):
+    if again:
         found.append(Saved("feed-forward: input", _normed(case)))
+    elif dense_width(case, experts=experts):
+        found.append(Saved("feed-forward: input", _input_of_feed_forward(case)))
     if not again:
         found += _in_feed_forward(case, experts=experts)
     if case.arch.hidden_dropout > 0.0:
@@ -218,9 +234,34 @@ def _feed_forward(case: Case, *, experts: bool) -> list[Saved]:
     return found
 
 
+def _input_of_feed_forward(case: Case) -> int:
+    return _inputs(case, _normed(case), case.arch.hidden_size, 2 if case.arch.gated else 1)
+
+
+def _inputs(case: Case, plain: int, columns: int, products: int) -> int:
+    """What products of one input [T, columns] keep of it: each an 8-bit form, or all of them the same `plain` bytes.
+
+    Products of 8-bit numbers see the tokens of all tensor-parallel ranks, and keep what they see.
+    """
+    if not case.fp8 or splits_backward(case.schedule):
+        return plain
+    return case.tokens * columns * (products if case.fp8_weight_gradients else case.itemsize)
+
+
+def _casts_inputs(case: Case) -> bool:
+    """Whether products keep another form of their input than what is there anyway."""
+    return case.fp8 and case.fp8_weight_gradients and not splits_backward(case.schedule)
+
+
 def _in_feed_forward(case: Case, *, experts: bool) -> list[Saved]:
     """What the feed-forward block keeps beside its input."""
-    dense = _inner(case, case.tokens, dense_width(case, experts=experts))
+    width = dense_width(case, experts=experts)
+    dense = _inner(case, case.tokens, width)
+    if case.fp8:
+        down = _inputs(case, dense[0].bytes, width // case.tp, 1)
+        dense = [Saved("down: input", down), *dense[1:]]
+        if case.arch.activation == "relu" and _casts_inputs(case):
+            dense.append(Saved("activation: result", case.tokens * width // case.tp * case.itemsize))
     return [*dense, *(_in_experts(case) if experts else [])]
 
 

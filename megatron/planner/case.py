@@ -54,6 +54,8 @@ class Kernels:
     """Bytes per element: accelerators keep a bool, CPUs a number of the hidden states' dtype."""
     loss_chunk: int | None = None
     """Logits that the loss widens at a time; None for accelerators' figures."""
+    wide_products: bool = False
+    """8-bit products are made of float32 copies, as CPUs do; accelerators multiply the 8-bit forms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,11 @@ class Case:
     """Attention stays within documents; positions start anew in each."""
     compiled: bool = False
     fp8: bool = False
-    """Matrix products in FP8; for comparison with published results only, training has no such flag."""
+    """Matrix products of the layers' linear maps in 8 bits."""
+    fp8_weight_gradients: bool = True
+    """With 8 bits: those that give gradients of weights, too."""
+    fp8_weights_kept: bool = False
+    """With 8 bits: the 8-bit forms of weights are kept."""
 
     @property
     def tp(self) -> int:
@@ -245,6 +251,8 @@ def case_of(
         moments=_moments(settings),
         kernels=Kernels(attention=_attention(settings, arch, machine)),
         fp8=settings["fp8_format"] is not None,
+        fp8_weight_gradients=settings["fp8_wgrad"],
+        fp8_weights_kept=settings["cache_fp8_weight"],
         documents=settings["reset_attention_mask"],
         compiled=settings["use_torch_compile"],
     )

@@ -12,6 +12,9 @@ weights and moments of its share; see `megatron.training.native`:
 | 3     | e of two layers     | 4 N / d                      | 4 N/d, 8 N/d    |
 
 One data-parallel rank in float32 has no second copy of its weights: 4 N, 4 N, 8 N.
+
+The 8-bit forms of weights, where they are kept (`--cache-fp8-weight`), take a byte for each number of the layers'
+linear maps, at every stage whole. A cast to 8 bits goes through two float32 copies of its argument.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from megatron.mpu.schedule import splits_backward
 from megatron.planner import activations
 from megatron.planner.case import Case
+from megatron.planner.compute import Product, column_products, row_products
 from megatron.planner.parameters import Unit, held_share, shards_of, units_of
 from megatron.planner.stages import Held, held_at_once
 
@@ -76,6 +80,7 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
     has_loss = case.stages.last in stages
     logits = activations.logits_bytes(case) if has_loss else 0
     layer = max(activations.returned_bytes(case, stage) for stage in stages) + _backward_of_a_layer(case)
+    layer += _casting(case)
     if splits_backward(case.schedule):  # deferred gradients of a whole stage are computed at once
         layer += case.itemsize * sum(unit.elements for unit in units) // case.stages.chunks
     early = layer + (state.reduction if state.reduces_often else 0)
@@ -88,6 +93,9 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
     if has_loss:
         loss = logits + 4 * _loss_chunk(case)
         moments.append(Moment("loss", state.running | {"activations": held - logits, "logits and loss": logits + loss}))
+    eight_bit = _kept_forms(case, stages)
+    if eight_bit:
+        moments = [Moment(at.name, {**at.parts, "weights": at.parts.get("weights", 0) + eight_bit}) for at in moments]
     return RankMemory(
         pipeline_rank=pipeline_rank,
         parameters=sum(unit.elements for unit in units),
@@ -191,6 +199,42 @@ def _backward_of_a_layer(case: Case) -> int:
     results = 3 * arch.hidden_size  # of the rows, behind the experts and back where they came from
     experts = case.expert_rows * max(2 * arch.experts.ffn_hidden_size // t, results) * case.itemsize
     return max(dense, experts)
+
+
+def _eight_bit_products(case: Case, *, experts: bool) -> list[Product]:
+    """The products of a layer that are of 8-bit numbers where there are any: not those of router and experts."""
+    return [
+        product
+        for group in (*column_products(case, experts=experts), row_products(case, experts=experts))
+        for product in group
+    ]
+
+
+def _kept_forms(case: Case, stages: Sequence[int]) -> int:
+    """8-bit forms of the weights of some stages, where they are kept from pass to pass."""
+    if not (case.fp8 and case.fp8_weights_kept):
+        return 0
+    kinds = [kind for stage in stages for kind in case.layers_with_experts(stage)]
+    size = {
+        kind: sum(product.inputs * product.outputs for product in _eight_bit_products(case, experts=kind))
+        for kind in set(kinds)
+    }
+    return sum(size[kind] for kind in kinds)
+
+
+def _casting(case: Case) -> int:
+    """Float32 copies that a product of 8-bit numbers makes for a moment: two of the matrix that is cast, or one of each
+    matrix and a second one of the largest.
+    """
+    if not case.fp8:
+        return 0
+    sizes = [
+        (product.rows * product.inputs, product.inputs * product.outputs, product.rows * product.outputs)
+        for product in _eight_bit_products(case, experts=False)
+    ]
+    if case.kernels.wide_products:
+        return 4 * max(sum(matrices) + max(matrices) for matrices in sizes)
+    return 8 * max(max(matrices) for matrices in sizes)
 
 
 def _bytes_held(case: Case, pipeline_rank: int, sets: Sequence[Held]) -> int:

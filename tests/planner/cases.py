@@ -98,7 +98,9 @@ def planned(flags: Sequence[str], world: int, *, tied: bool = False) -> tuple[Ru
     resolved = resolve(request)
     assert not resolved.impossible
     found = case_of(resolved.settings, _VOCABULARY, MACHINES["h100"])
-    kernels = dataclasses.replace(found.kernels, dropout_mask=found.itemsize, loss_chunk=_CPU_LOGITS)
+    kernels = dataclasses.replace(
+        found.kernels, dropout_mask=found.itemsize, loss_chunk=_CPU_LOGITS, wide_products=True
+    )
     return parse(argv, {"WORLD_SIZE": str(world)}), dataclasses.replace(found, kernels=kernels)
 
 

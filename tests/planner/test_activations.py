@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from megatron.accelerators import load
+from megatron.accelerators.base import FLOAT8
+from megatron.model.eight_bit import use_eight_bit
 from megatron.model.gpt import GPT, ModelInputs
 from megatron.model.inputs import Auxiliary
 from megatron.model.recompute import RecomputePlan
 from megatron.model.routing import RoutingPlan
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.eight_bit import EightBitScaling, ScalingRecipe
 from megatron.mpu.expert_parallel import with_experts as with_expert_groups
 from megatron.mpu.groups import build_groups
-from megatron.ops import build_table
+from megatron.ops import build_table, float8
 from megatron.planner import activations
 from tests.planner.cases import GPT2, case, with_experts
 from tests.planner.measure import fake_world, mark, measured
@@ -40,6 +43,9 @@ def _kept(plan) -> int:
             routing=plan.routing,
             dtype={2: torch.bfloat16, 4: torch.float32}[plan.itemsize],
         )
+        if plan.fp8:
+            formats = float8.formats("hybrid", FLOAT8, weight_gradient=plan.fp8_weight_gradients)
+            use_eight_bit(model, EightBitScaling(ScalingRecipe(), formats, groups, torch.device("cpu")), ops)
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.02)
         loss = functools.partial(
@@ -60,6 +66,7 @@ def _listed(plan) -> int:
     return listed + activations.rotary_bytes(plan)
 
 
+EIGHT_BITS = {"fp8": True, "world": 2, "tp": 2}
 PADDED = RoutingPlan(train_capacity_factor=1.25, pad=True)
 FULL, MLP = RecomputePlan(granularity="full"), RecomputePlan(granularity="mlp")
 CASES = {
@@ -98,6 +105,12 @@ CASES = {
     "Ulysses": {"arch": {"num_kv_heads": 2}, "world": 4, "cp": 4, "ulysses": 4},
     "Ulysses, blocked attention": {"world": 2, "cp": 2, "ulysses": 2, "attention": "blocked"},
     "ring of Ulysses": {"world": 4, "cp": 4, "ulysses": 2},
+    "8 bits": {"fp8": True},
+    "8 bits, sequence parallel": EIGHT_BITS | {"sequence_parallel": True},
+    "8 bits, 16-bit weight gradients": EIGHT_BITS | {"sequence_parallel": True, "fp8_weight_gradients": False},
+    "8 bits, selective": EIGHT_BITS | {"recompute": RecomputePlan(granularity="selective")},
+    "8 bits, feed-forward": EIGHT_BITS | {"recompute": MLP, "attention": "blocked"},
+    "8 bits, gpt2": EIGHT_BITS | {"arch": GPT2 | {"activation": "relu"}},
     "experts": {"arch": with_experts()},
     "experts, float32": {"arch": with_experts(shared_ffn_hidden_size=48), "itemsize": 4},
     "experts, one of each token": {"arch": with_experts(topk=1, pre_softmax=True)},

@@ -39,6 +39,13 @@ STEPS = {
     "one rank, bfloat16": (1, ("--bf16", "--global-batch-size", "2")),
     "activations, float32": (1, (*LONG, "--global-batch-size", "4")),
     "activations, bfloat16": (1, (*LONG, "--bf16", "--global-batch-size", "4")),
+    "8 bits": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--fp8-format", "hybrid")),
+    "8 bits, weights kept": (
+        *(4, ("--bf16", "--zero-stage", "3", "--global-batch-size", "8", "--fp8-hybrid", "--cache-fp8-weight")),
+    ),
+    "8 bits, full recomputation": (
+        *(1, (*LONG, "--bf16", "--global-batch-size", "4", "--fp8-hybrid", "--recompute-granularity", "full")),
+    ),
     "full recomputation": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--recompute-granularity", "full")),
     "feed-forward recomputed": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--recompute-granularity", "mlp")),
     "some layers recomputed": (1, (*LONG, "--bf16", "--global-batch-size", "4", "--recomputation-layer-num", "4")),
