@@ -415,6 +415,17 @@ def operations_are_named(op: tuple[str, ...]) -> str | None:
     return f"--op {wrong[0]}: must be operation=implementation, such as attention=reference" if wrong else None
 
 
+def pieces_of_attention_have_operations_of_their_own(op: tuple[str, ...], ring_parallel_size: int) -> str | None:
+    """Ranks that hand keys and values around compute attention piece by piece."""
+    whole = [item for item in op if item.startswith("attention=")]
+    if ring_parallel_size == 1 or not whole:
+        return None
+    return (
+        f"--op {whole[0]}: --context-parallel-size {ring_parallel_size} computes attention in pieces; leave it out or "
+        "choose among --op attention_block, attention_block_backward"
+    )
+
+
 RULES: tuple[Rule, ...] = (
     batch_divides,
     rampup_is_well_formed,
@@ -453,4 +464,5 @@ RULES: tuple[Rule, ...] = (
     profiled_ranks_exist,
     wandb_runs_have_names,
     operations_are_named,
+    pieces_of_attention_have_operations_of_their_own,
 )

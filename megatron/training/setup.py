@@ -196,11 +196,6 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
         op, _, name = item.partition("=")
         if not name:
             raise UnavailableOpError(f"--op {item}: must be operation=implementation, such as attention=reference")
-        if ring and op == "attention":
-            raise UnavailableOpError(
-                f"--op {item}: --context-parallel-size {config.parallel.ring_parallel_size} computes attention in "
-                f"pieces; leave it out or choose among --op {', '.join(attention)}"
-            )
         if op == "matmul_all_reduce" and (why_none := _no_all_reduce(config)):
             raise UnavailableOpError(f"--op {item}: {why_none}; leave it out")
         ask(op, name, f"--op {item}")

@@ -18,11 +18,11 @@ from megatron.config import (
     sequence_rules,
 )
 from megatron.config.parser import ConfigError, defaults
-from tests.config import moe_cases, phase_cases
+from tests.config import fp8_cases, moe_cases, phase_cases
 from tests.config.commands import config
 
 M, P, R, S = model_rules, pipeline_rules, run_rules, sequence_rules
-F, L = fp8_rules, probe_rules
+L = probe_rules
 HALF = ("--fp16",)
 # rule, further flags, flags of the small run that are left out, words of the message
 TABLE = [
@@ -461,57 +461,14 @@ TABLE = [
     (R.wandb_runs_have_names, "--wandb-exp-name e", "", "--wandb-exp-name: --wandb-project"),
     *phase_cases.TABLE,
     *moe_cases.TABLE,
+    *fp8_cases.TABLE,
+    (
+        R.pieces_of_attention_have_operations_of_their_own,
+        "--context-parallel-size 2 --op attention=fused_sdpa",
+        "",
+        "--op attention=fused_sdpa: --context-parallel-size 2 --op attention_block, attention_block_backward",
+    ),
     (R.operations_are_named, "--op attention", "", "--op attention: operation=implementation"),
-    (F.eight_bits_have_a_format, "--fp8-margin 1", "", "--fp8-margin: only with --fp8-format"),
-    (
-        F.eight_bits_have_a_format,
-        "--transformer-impl transformer_engine",
-        "",
-        "--transformer-impl transformer_engine: only with --fp8-format",
-    ),
-    (
-        F.history_is_for_delayed_scaling,
-        "--fp8-format e5m2 --fp8-recipe tensorwise --fp8-interval 2",
-        "",
-        "--fp8-interval: only with --fp8-recipe delayed, tensorwise",
-    ),
-    (
-        F.eight_bit_products_are_plain,
-        "--fp8-format hybrid --use-torch-compile true",
-        "",
-        "--fp8-format hybrid: not with --use-torch-compile true;",
-    ),
-    (
-        F.eight_bit_products_are_plain,
-        "--fp8-format hybrid --pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble",
-        "",
-        "--fp8-format hybrid: not with --pipeline-schedule zero-bubble;",
-    ),
-    (
-        F.eight_bit_products_have_whole_blocks,
-        "--fp8-format hybrid --hidden-size 72",
-        "",
-        "--fp8-format hybrid: --hidden-size 72 multiple of 16",
-    ),
-    (
-        F.eight_bit_products_have_whole_blocks,
-        "--fp8-format hybrid --num-attention-heads 8 --num-key-value-heads 1",
-        "",
-        "--fp8-format hybrid: --num-key-value-heads 1 x --kv-channels 8 multiple of 16",
-    ),
-    (
-        F.eight_bit_products_have_whole_blocks_of_tokens,
-        "--fp8-format hybrid --micro-batch-size 1 --global-batch-size 8 --scheduler-batch-size 8 8 8 "
-        "--batch-sched-samples 0 8 16 --scheduler-seq-length 4 8 32",
-        "",
-        "--fp8-format hybrid: --micro-batch-size 1 x --scheduler-seq-length 4, 8 must be a multiple of 16",
-    ),
-    (
-        F.eight_bit_products_have_whole_blocks_of_tokens,
-        "--fp8-format hybrid --micro-batch-size 1 --seq-length 24",
-        "",
-        "--fp8-format hybrid: --micro-batch-size 1 x --seq-length 24 multiple of 16",
-    ),
     (
         L.logged_tensors_have_a_place,
         "--log-bwd-grads --tensor-logger-end-iter 3",

@@ -63,12 +63,6 @@ def test_flags_for_attention_in_pieces(device, flags, implementation):
     assert asked == {"attention_block": implementation, "attention_block_backward": implementation}
 
 
-def test_kernels_for_whole_attention_are_refused_where_it_is_computed_in_pieces():
-    message = "--op attention=fused_sdpa: --context-parallel-size 2 computes attention in pieces.*--op attention_block,"
-    with pytest.raises(UnavailableOpError, match=message):
-        _asked("hpu", "--op", "attention=fused_sdpa", "--context-parallel-size", "2", ranks=2)
-
-
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
