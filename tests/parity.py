@@ -241,9 +241,12 @@ def layout_of(name: str) -> Layout:
     return next(layout for layout in LAYOUTS if layout.name == name)
 
 
-def agrees(layout: Layout, engine: str, steps: int) -> bool:
-    """Whether losses and gradient norms are those of one process; `engine` is of `ENGINES`, or "" for the default."""
-    found, expected = curve(layout, ENGINES.get(engine, ()), steps), one_process(layout.model, steps)
+def agrees(layout: Layout, engine: str, steps: int, flags: Sequence[str] = ()) -> bool:
+    """Whether losses and gradient norms are those of one process without `flags`.
+
+    `engine` is of `ENGINES`, or "" for the default.
+    """
+    found, expected = curve(layout, (*ENGINES.get(engine, ()), *flags), steps), one_process(layout.model, steps)
     worst = max(difference(found.losses, expected.losses), difference(found.norms, expected.norms))
     return worst <= FLOAT32_TOLERANCE
 

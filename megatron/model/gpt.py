@@ -20,9 +20,10 @@ from megatron.model.recompute import RecomputePlan, kept_on_host, recomputed
 from megatron.model.rotary import Positions
 from megatron.model.routing import RoutingPlan
 from megatron.model.setting import Setting
+from megatron.mpu.cross_entropy import vocab_parallel_linear_cross_entropy
 from megatron.mpu.deferred import DeferredGradients, WeightTask
 from megatron.mpu.groups import ProcessGroups
-from megatron.mpu.layers import ColumnParallelLinear, column_linears
+from megatron.mpu.layers import ColumnParallelLinear, VocabParallelEmbedding, column_linears, whole_input
 from megatron.mpu.sharding import kv_copies
 from megatron.ops import Ops
 
@@ -96,14 +97,19 @@ class GPT(nn.Module):
         Args:
             x: token ids [b, s] int64 on the first stage, else hidden states [s, b, h] ([s/t, b, h] with sequence
                 parallelism) of the stage before.
-            inputs: positions, documents, dropout seed.
+            inputs: positions, documents, dropout seed, labels.
 
         Returns:
-            Logits [s, b, v/t] on the last stage, in the model's dtype; else hidden states shaped like the input's.
+            Logits [s, b, v/t] on the last stage, in the model's dtype, or losses, see `ModelInputs.labels`; else hidden
+            states shaped like the input's.
         """
         hidden = self.embed(x, inputs) if self._first else x
         hidden = self.run_layers(hidden, inputs)
-        return self.logits(hidden) if self._last else hidden
+        if not self._last:
+            return hidden
+        if inputs.labels is None or self._setting.ops.linear_cross_entropy is None:
+            return self.logits(hidden)
+        return self.losses(hidden, inputs.labels.transpose(0, 1))
 
     def embed(self, tokens: Tensor, inputs: ModelInputs) -> Tensor:
         """Token ids [b, s] -> hidden states [s, b, h] or [s/t, b, h]; first stage only."""
@@ -144,12 +150,27 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [s, b, h] or [s/t, b, h] -> logits [s, b, v/t]; last stage only."""
         assert self.final_norm is not None
-        hidden = self.final_norm(hidden)
-        if self.head is not None:
-            return self.head(hidden)
-        assert self.embedding is not None
-        (result,) = column_linears(hidden, (self.embedding.word,))
+        (result,) = column_linears(self.final_norm(hidden), (self._output_layer(),))
         return result
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Hidden states and labels [s, b] -> losses [s, b] float32, without all logits at a time; last stage only."""
+        assert self.final_norm is not None
+        layer, setting = self._output_layer(), self._setting
+        return vocab_parallel_linear_cross_entropy(
+            whole_input(self.final_norm(hidden), layer),
+            layer.own(layer.weight),
+            labels,
+            vocab_size=setting.arch.vocab_size,
+            group=layer.group,
+            ops=setting.ops,
+        )
+
+    def _output_layer(self) -> ColumnParallelLinear | VocabParallelEmbedding:
+        if self.head is not None:
+            return self.head
+        assert self.embedding is not None
+        return self.embedding.word
 
     def weight_gradients(self, tasks: Sequence[WeightTask]) -> Tensor:
         """A scalar zero whose backward computes weight gradients that were deferred.

@@ -35,6 +35,8 @@ class ModelInputs:
         auxiliary: what becomes of the losses of routers; None = they are left out, as in evaluation.
         cache: of text that is written token by token: keys and values are kept there. With position ids the tokens
             continue the texts in it, without they begin them.
+        labels: [b, s] int64; where the table has a `linear_cross_entropy`, the last stage gives their losses. None =
+            logits are wanted.
     """
 
     position_ids: Tensor | None = None
@@ -42,6 +44,7 @@ class ModelInputs:
     dropout_seed: int = 0
     auxiliary: Auxiliary | None = None
     cache: KeyValueCache | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,11 +32,54 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, *, vocab_size: 
     Returns:
         float32 [s, b] (float64 for float64 logits), the same on all ranks.
     """
-    start = group.rank * logits.shape[-1]
-    real = min(max(vocab_size - start, 0), logits.shape[-1])
+    start, real = _own_columns(logits.shape[-1], vocab_size, group)
     if group.size == 1:
         return ops.cross_entropy(logits if real == logits.shape[-1] else logits[..., :real], labels)
     return _VocabParallelCrossEntropy.apply(logits, labels - start, real, group)
+
+
+def vocab_parallel_linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, group: Group, ops: Ops
+) -> Tensor:
+    """Per-token cross entropy of the logits x weight^T in nats, by the operation `linear_cross_entropy`.
+
+    Args:
+        x: [s, b, h], the same on all ranks; each rank gets a part of its gradient.
+        weight: [v/t, h] of x's dtype, this rank's rows of the padded vocabulary.
+        labels, vocab_size, group: see `vocab_parallel_cross_entropy`.
+        ops: the kernels, that operation among them.
+
+    Returns:
+        float32 [s, b] (float64 for float64 x), the same on all ranks.
+    """
+    assert ops.linear_cross_entropy is not None
+    start, real = _own_columns(weight.shape[0], vocab_size, group)
+    normalizers, of_label = ops.linear_cross_entropy(x, weight, labels - start, real)
+    return normalizers - of_label if group.size == 1 else _JoinedLosses.apply(normalizers, of_label, group)
+
+
+def _own_columns(columns: int, vocab_size: int, group: Group) -> tuple[int, int]:
+    """The first column of this rank, and how many of its columns are tokens that exist."""
+    start = group.rank * columns
+    return start, min(max(vocab_size - start, 0), columns)
+
+
+class _JoinedLosses(torch.autograd.Function):
+    """Losses from what the ranks have: the logarithms of their sums of exponentials, and the logits of the labels."""
+
+    @staticmethod
+    def forward(ctx: Any, normalizers: Tensor, of_label: Tensor, group: Group) -> Tensor:
+        highest = collectives.all_reduce(normalizers, group, collectives.MAX)
+        sums = torch.stack(((normalizers - highest).exp(), of_label))
+        exponentials, total_of_label = collectives.all_reduce(sums, group)
+        joined = exponentials.log() + highest
+        ctx.save_for_backward(normalizers, joined)
+        return joined - total_of_label
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normalizers, joined = ctx.saved_tensors
+        return grad * (normalizers - joined).exp(), -grad, None
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -194,10 +194,19 @@ def _eight_bit_columns(
     x: Tensor, layers: Sequence[SplitLayer], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """What `column_parallel` gives, by products of 8-bit numbers."""
-    group, sequence_parallel = layers[0].group, layers[0].sequence_parallel
-    total = gather_sequence(x, group, partial_grad=True) if sequence_parallel else copy_to_region(x, group)
+    total = whole_input(x, layers[0])
     products = [layer.product(total, weight) for layer, weight in zip(layers, weights, strict=True)]
     return tuple(y if bias is None else y + bias for y, bias in zip(products, biases, strict=True))
+
+
+def whole_input(x: Tensor, layer: SplitLayer) -> Tensor:
+    """The input of a column-parallel layer for a product elsewhere: [s, b, i] or [s/t, b, i] -> [s, b, i].
+
+    Each rank finds a part of its gradient there; they are summed.
+    """
+    if layer.sequence_parallel:
+        return gather_sequence(x, layer.group, partial_grad=True)
+    return copy_to_region(x, layer.group)
 
 
 def _weight(layer: SplitLayer) -> Tensor:

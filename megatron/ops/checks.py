@@ -225,6 +225,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> None:
     )
 
 
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, rows: int) -> None:
+    """X [..., h] and weight [v, h] floating and of one dtype, labels [...] int64, rows at most v."""
+    _require(weight.dim() == 2, f"weight must be [v, h], not {_shape(weight)}")
+    linear_arguments(x, weight, weight.shape[1], weight.shape[0])
+    fits = labels.dtype == torch.int64 and labels.shape == x.shape[:-1]
+    _require(fits, f"labels must be int64 {_shape(x)[:-1]}, not {labels.dtype} {_shape(labels)}")
+    _require(0 <= rows <= weight.shape[0], f"rows must be 0 to {weight.shape[0]}, not {rows}")
+
+
 def adamw(
     groups: Iterable[dict[str, Any]],
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, cached_attention, grouped_mm, portable, reference
+from megatron.ops import attention_blocks, cached_attention, grouped_mm, linear_cross_entropy, portable, reference
 from megatron.ops.blocked_attention import blocked_attention
 from megatron.ops.registry import Implementation, implements
 
@@ -45,6 +45,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
+    linear_cross_entropy.linear_cross_entropy,
     portable.clip_grad_norm,
     portable.adamw,
 )

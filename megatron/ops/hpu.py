@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, cached_attention, hpu_linear, portable, reference
+from megatron.ops import attention_blocks, cached_attention, hpu_linear, linear_cross_entropy, portable, reference
 from megatron.ops.compiled_adamw import Batch, CompiledAdamW
 from megatron.ops.float8 import Formats, Product
 from megatron.ops.registry import ADAMW_TOLERANCE, TOLERANCE, Implementation, implements
@@ -268,6 +268,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     cross_entropy,
     make_linear,
     clip_grad_norm,
+    linear_cross_entropy.linear_cross_entropy,
     portable.clip_grad_norm,
     adamw,
 )

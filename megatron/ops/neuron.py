@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops import attention_blocks, cached_attention, portable, reference
+from megatron.ops import attention_blocks, cached_attention, linear_cross_entropy, portable, reference
 from megatron.ops.compiled_adamw import CompiledAdamW
 from megatron.ops.registry import ADAMW_TOLERANCE, Implementation, implements
 
@@ -54,6 +54,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     portable.matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
+    linear_cross_entropy.linear_cross_entropy,
     portable.clip_grad_norm,
     adamw,
     portable.adamw,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops import attention_blocks, cached_attention, portable, reference
+from megatron.ops import attention_blocks, cached_attention, linear_cross_entropy, portable, reference
 from megatron.ops.registry import TOLERANCE, Implementation, implements
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -247,6 +247,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     matmul_all_reduce,
     portable.bias_gelu,
     cross_entropy,
+    linear_cross_entropy.linear_cross_entropy,
     portable.clip_grad_norm,
     portable.adamw,
 )

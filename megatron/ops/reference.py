@@ -337,6 +337,28 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return wide.logsumexp(dim=-1) - wide.gather(-1, labels[..., None]).squeeze(-1)
 
 
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The two parts of the cross entropy of logits x weight^T: log(sum(exp(logits))), and logits[label].
+
+    The loss is the first minus the second. They are apart because of ranks that hold parts of the vocabulary, which
+    bring them together: see `mpu.cross_entropy`.
+
+    Args:
+        x: [..., h].
+        weight: [v, h] of x's dtype.
+        labels: [...] int64; outside of [0, rows), where another rank holds the label, the second part is 0.
+        rows: how many rows of the weight take part, 0 to v; those behind them pad it.
+
+    Returns:
+        Both [...] float32 (float64 for float64 x); the first is -inf for no rows. Logits are wide, too.
+    """
+    checks.linear_cross_entropy(x, weight, labels, rows)
+    logits = F.linear(_wide(x), _wide(weight[:rows]))
+    padded = F.pad(logits, (0, 1))  # a column for the labels of other ranks
+    column = labels.where((labels >= 0) & (labels < rows), rows)
+    return logits.logsumexp(dim=-1), padded.gather(-1, column[..., None]).squeeze(-1)
+
+
 def adamw(
     groups: Iterable[dict[str, Any]],
     *,

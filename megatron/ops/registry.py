@@ -124,10 +124,16 @@ class Ops:
     make_linear: Callable[[int, int, Formats], Product]
     clip_grad_norm: ClipFunction
     adamw: AdamWFunction
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    """None: logits are computed, then their `cross_entropy`."""
 
 
 OPERATIONS: tuple[str, ...] = tuple(entry.name for entry in fields(Ops))
 """Names of all operations: those `--op name=implementation` accepts."""
+
+
+ON_REQUEST: Mapping[str, str] = MappingProxyType({"linear_cross_entropy": "cross_entropy of all logits instead"})
+"""Operations that take the place of others, and are in the table only when asked for; what is done otherwise."""
 
 
 class UnavailableOpError(ValueError):
@@ -193,7 +199,7 @@ def implementations(accelerator: Accelerator, op: str) -> tuple[Implementation, 
 
 def reference_ops() -> Ops:
     """The table of references: slow, and right by definition."""
-    return Ops(**{op: getattr(reference, op) for op in OPERATIONS})
+    return Ops(**{op: getattr(reference, op) for op in OPERATIONS if op not in ON_REQUEST})
 
 
 def build_table(accelerator: Accelerator, asked: Mapping[str, str]) -> tuple[Ops, list[str]]:
@@ -216,6 +222,9 @@ def build_table(accelerator: Accelerator, asked: Mapping[str, str]) -> tuple[Ops
     lines = []
     for op in OPERATIONS:
         candidates = implementations(accelerator, op)
+        if op in ON_REQUEST and op not in asked:
+            lines.append(f"op {op:16} none ({ON_REQUEST[op]})")
+            continue
         if op in asked:
             implementation, why = _asked(accelerator, candidates, asked[op]), "asked for"
         else:

@@ -83,6 +83,8 @@ def prepare(op: str, function: Callable[..., Any], sample: Sample) -> Callable[[
         return lambda: _clip(function, sample)
     if op == "make_linear":
         function = _linear(function)
+    if op == "linear_cross_entropy":
+        function = _stacked(function)
     if sample.gradients == 0:
         return lambda: _listed(function(*sample.args, **sample.kwargs))
     inputs = [argument.detach().requires_grad_() for argument in sample.args[: sample.gradients]]
@@ -144,6 +146,11 @@ def _linear(make: Callable[..., float8.Product]) -> Callable[[Tensor, Tensor], T
         return product(x, weight, scale, scale, lambda gradient: scale * 64.0)
 
     return apply
+
+
+def _stacked(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """Several results of one shape as one."""
+    return lambda *args: torch.stack(function(*args))
 
 
 def _rms_norm(source: _Source, s: int) -> tuple[Sample, ...]:
@@ -290,6 +297,16 @@ def _cross_entropy(source: _Source, s: int) -> tuple[Sample, ...]:
     return (Sample(label="", args=(source.normal(s, 2, vocabulary), source.integers(vocabulary, s, 2)), gradients=1),)
 
 
+def _linear_cross_entropy(source: _Source, s: int) -> tuple[Sample, ...]:
+    vocabulary, features = (8192, 512) if s > 256 else (67, 64)
+    x, weight = source.normal(s, 2, features), source.normal(vocabulary, features) / 8
+    labels = source.integers(vocabulary, s, 2)
+    return (
+        Sample(label="", args=(x, weight, labels, vocabulary), gradients=2),
+        Sample(label="padded, labels elsewhere", args=(x, weight, labels - 9, vocabulary - 17), gradients=2),
+    )
+
+
 def _adamw(source: _Source, s: int) -> tuple[Sample, ...]:
     shapes = ((s, 2048), (s,))
     values = [source.normal(*shape) for shape in (*shapes, *shapes)]
@@ -335,6 +352,7 @@ _MAKERS: Mapping[str, Callable[[_Source, int], tuple[Sample, ...]]] = MappingPro
         "relu": _activation,
         "bias_dropout_add": _bias_dropout_add,
         "cross_entropy": _cross_entropy,
+        "linear_cross_entropy": _linear_cross_entropy,
         "make_linear": _make_linear,
         "clip_grad_norm": _clip_grad_norm,
         "adamw": _adamw,

@@ -34,7 +34,7 @@ from megatron.training.deepspeed_experts import announce_experts
 from megatron.training.deepspeed_pipeline import DeepSpeedPipelineEngine
 from megatron.training.engine import Engine
 from megatron.training.half import HalfWeights
-from megatron.training.loss import TokenLoss
+from megatron.training.loss import TokenLoss, losses_of_model
 from megatron.training.loss_scale import LossScale
 from megatron.training.native import NativeEngine, NativeSettings, shard_data_parallel
 from megatron.training.optimizer import parameter_groups
@@ -191,6 +191,8 @@ def _deferred(config: RunConfig, layout: StageLayout, stage: int) -> DeferredGra
 
 
 def _token_loss(arch: Architecture, session: Session) -> TokenLoss:
+    if session.ops.linear_cross_entropy is not None:
+        return losses_of_model
     return functools.partial(
         vocab_parallel_cross_entropy, vocab_size=arch.vocab_size, group=session.groups.tp, ops=session.ops
     )

@@ -28,8 +28,8 @@ class MicroStep:
             batch: on the model's device.
             auxiliary: what becomes of the losses of routers.
         """
-        logits = self.model(batch.tokens, model_inputs(batch, auxiliary))  # [s, b, v/tp]
-        return lm_loss(logits, batch, self.token_loss)
+        output = self.model(batch.tokens, model_inputs(batch, auxiliary))
+        return lm_loss(output, batch, self.token_loss)
 
 
 def model_inputs(batch: Batch, auxiliary: Auxiliary | None = None) -> ModelInputs:
@@ -39,6 +39,7 @@ def model_inputs(batch: Batch, auxiliary: Auxiliary | None = None) -> ModelInput
         document_ids=batch.document_ids,
         dropout_seed=batch.dropout_seed,
         auxiliary=auxiliary,
+        labels=batch.labels,
     )
 
 

@@ -15,7 +15,7 @@ from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 from megatron.mpu.groups import ProcessGroups, build_groups, single_process
 from megatron.mpu.sharding import is_replicated_kv, kv_copies
 from megatron.mpu.topology import Topology
-from megatron.ops import reference_ops
+from megatron.ops import Ops, reference_ops
 
 SEED = 1234
 
@@ -80,10 +80,10 @@ def gradient_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
     return errors
 
 
-def build(arch: Architecture, groups: ProcessGroups | None = None, **options: Any) -> GPT:
+def build(arch: Architecture, groups: ProcessGroups | None = None, ops: Ops | None = None, **options: Any) -> GPT:
     """A model with the same weights on every layout; norms and biases are not just 1 and 0."""
     groups = groups or single_process()
-    model = GPT(arch, ops=reference_ops(), groups=groups, **options)
+    model = GPT(arch, ops=ops or reference_ops(), groups=groups, **options)
     initialise_parameters(model, arch, groups, SEED)
     perturb(model, groups)
     return model

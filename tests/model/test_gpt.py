@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.accelerators import load
 from megatron.config.architecture import Architecture
 from megatron.model.gpt import GPT, ModelInputs, RecomputePlan
 from megatron.model.weights import distribution
 from megatron.mpu.groups import single_process
-from megatron.ops import reference_ops
+from megatron.ops import build_table, reference_ops
 from tests.model.helpers import FAMILIES, build, loss_of, relative_error, tokens_of
 
 GROUPS = single_process()
@@ -50,6 +51,24 @@ def test_recomputation_changes_no_bit_with_dropout(family: str, attention_dropou
     assert torch.equal(again, loss)
     for name, gradient in gradients.items():
         assert torch.equal(recomputed[name], gradient), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_losses_without_logits_equal_those_of_logits(family: str) -> None:
+    """A head of its own, and the embedding as head; both have rows that only pad the vocabulary."""
+    arch, found = FAMILIES[family], []
+    tokens, labels = tokens_of(arch)
+    chunked, _ = build_table(load("cpu"), {"linear_cross_entropy": "chunked"})
+    for ops in (reference_ops(), replace(reference_ops(), linear_cross_entropy=chunked.linear_cross_entropy)):
+        model = build(arch, ops=ops, dtype=torch.float64)
+        losses = model(tokens, ModelInputs(labels=labels))
+        if losses.dim() == 3:
+            losses = ops.cross_entropy(losses[..., : arch.vocab_size], labels.t())
+        (losses * torch.linspace(0, 1, losses.numel()).view_as(losses)).sum().backward()
+        found.append({"losses": losses.detach()} | {name: p.grad for name, p in model.named_parameters()})
+        assert model(tokens, ModelInputs()).shape[-1] == arch.padded_vocab_size, "without labels logits are wanted"
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(("plan", "runs"), [("uniform-1", 6), ("uniform-2", 6), ("block-1", 4), ("block-9", 6)])

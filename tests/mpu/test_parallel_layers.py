@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron import accelerators
 from megatron.mpu import collectives, mappings
-from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from megatron.mpu.groups import Group, ProcessGroups, build_groups, single_process
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, column_linears
 from megatron.mpu.sharding import local_slice
 from megatron.mpu.topology import Topology
-from megatron.ops import reference_ops
+from megatron.ops import build_table, reference_ops
 from tests.support import run_ranks
 
 WORLD = 4
@@ -180,6 +181,19 @@ def _cross_entropy(vocab_size: int, padded: int, group: Group, dtype: torch.dtyp
     return losses.detach(), own.grad
 
 
+def _linear_cross_entropy(vocab_size: int, padded: int, group: Group) -> tuple[Tensor, ...]:
+    """Losses and gradients of the input (summed over the ranks) and the weight held here; without all logits."""
+    x, weight = _draw(5, 3, 6, seed=1), _draw(padded, 6, seed=4)
+    labels = torch.randint(0, vocab_size, (5, 3), generator=torch.Generator().manual_seed(2))
+    labels[0, 0], labels[0, 1] = 0, vocab_size - 1
+    own = weight.chunk(group.size)[group.rank].clone()
+    inputs = [x.requires_grad_(), own.requires_grad_()]
+    ops, _ = build_table(accelerators.load("cpu"), {"linear_cross_entropy": "chunked"})
+    whole = mappings.copy_to_region(inputs[0], group)
+    losses = vocab_parallel_linear_cross_entropy(whole, own, labels, vocab_size=vocab_size, group=group, ops=ops)
+    return losses.detach(), *torch.autograd.grad(losses, inputs, _draw(5, 3, seed=3))
+
+
 VOCABULARIES = ((32, 32), (27, 32), (13, 32), (8, 32))  # in the last ones some ranks hold nothing but padding
 
 
@@ -196,10 +210,27 @@ def _check_cross_entropy() -> None:
             torch.testing.assert_close(grad, expected_grad[..., columns], rtol=slack, atol=tolerance)
             assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert grad.dtype == dtype
+        found = _linear_cross_entropy(vocab_size, padded, group)
+        losses, grad, grad_weight = _linear_cross_entropy(vocab_size, padded, single_process().tp)
+        for mine, whole in zip(found, (losses, grad, grad_weight[columns]), strict=True):
+            torch.testing.assert_close(mine, whole, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_vocabulary_parallel_cross_entropy_equals_the_plain_one() -> None:
     run_ranks(WORLD, _check_cross_entropy)
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), VOCABULARIES)
+def test_cross_entropy_without_logits_equals_that_of_logits(vocab_size: int, padded: int) -> None:
+    losses, grad, grad_weight = _linear_cross_entropy(vocab_size, padded, single_process().tp)
+    x, weight = _draw(5, 3, 6, seed=1).requires_grad_(), _draw(padded, 6, seed=4).requires_grad_()
+    labels = torch.randint(0, vocab_size, (5, 3), generator=torch.Generator().manual_seed(2))
+    labels[0, 0], labels[0, 1] = 0, vocab_size - 1
+    logits = F.linear(x, weight[:vocab_size])
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(5, 3)
+    expected_grads = torch.autograd.grad(expected, (x, weight), _draw(5, 3, seed=3))
+    for mine, theirs in zip((losses, grad, grad_weight), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), VOCABULARIES)

@@ -21,6 +21,7 @@ def _attention(q: torch.Tensor = _Q, k: torch.Tensor = _Q, v: torch.Tensor = _Q,
     return (q, k, v), {"scale": 1.0, **rules}
 
 
+_LABELS = torch.zeros(4, 2, dtype=torch.int64)
 _POSITIONS = torch.zeros(2, 4, dtype=torch.int64)
 
 
@@ -89,6 +90,10 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("bias_dropout_add", (_X, None, _X, -0.1, True), {}, "p must be"),
     ("cross_entropy", (_X, torch.zeros(4, 3, dtype=torch.int64)), {}, "labels must be"),
     ("cross_entropy", (_X, torch.zeros(4, 2)), {}, "labels must be int64"),
+    ("linear_cross_entropy", (_X, torch.zeros(5, 4), _LABELS, 5), {}, "x must be"),
+    ("linear_cross_entropy", (_X, torch.zeros(5, 6).double(), _LABELS, 5), {}, "one dtype"),
+    ("linear_cross_entropy", (_X, torch.zeros(5, 6), _LABELS.t(), 5), {}, r"labels must be int64 \[4, 2\]"),
+    ("linear_cross_entropy", (_X, torch.zeros(5, 6), _LABELS, 6), {}, "rows must be 0 to 5, not 6"),
     ("matmul_all_reduce", (_X, torch.zeros(5, 4), None), {}, "x must be"),
     ("matmul_all_reduce", (_X, torch.zeros(6), None), {}, "weight must be"),
     ("matmul_all_reduce", (_X, torch.zeros(5, 6).double(), None), {}, "one dtype"),

@@ -1,5 +1,6 @@
 """Every implementation that runs here against the reference in float64: results, gradients, dtypes, layouts."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from megatron import accelerators
 from megatron.accelerators import Accelerator
 from megatron.ops import OPERATIONS, Implementation, implementations, reference
 from megatron.ops.check import measure_error
+from megatron.ops.linear_cross_entropy import in_blocks
 from megatron.ops.samples import prepare, relative_error, samples
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +48,7 @@ CPU_CANDIDATES = [
     pytest.param(candidate, id=f"{op}-{candidate.name}")
     for op in (
         *("rms_norm", "layer_norm", "rotary", "attention", "attention_block", "attention_block_backward"),
-        *("cached_attention", "swiglu", "geglu", "bias_gelu", "cross_entropy"),
+        *("cached_attention", "swiglu", "geglu", "bias_gelu", "cross_entropy", "linear_cross_entropy"),
     )
     for candidate in implementations(accelerators.load("cpu"), op)[:-1]
 ]
@@ -98,6 +100,23 @@ def test_chunked_cross_entropy_at_the_edges(vocabulary: int):
     actual.backward(weighting)
     expected.backward(weighting.double())
     torch.testing.assert_close(mine.grad, theirs.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 4), (11, 11), (23, 5), (30, 128)])
+def test_linear_cross_entropy_in_blocks(rows: int, columns: int):
+    """A last block that is not full, rows that only pad, labels of other ranks: in float64 equal to the definition."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, 8, generator=generator, dtype=torch.float64) for shape in ((7, 2), (30,)))
+    labels = torch.randint(-5, 40, (7, 2), generator=generator)
+    weighting = torch.randn(2, 7, 2, generator=generator, dtype=torch.float64)
+    found = []
+    for function in (reference.linear_cross_entropy, functools.partial(in_blocks, columns=columns)):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        parts = function(*inputs, labels, rows)
+        finite = sum((part * weights).sum() for part, weights in zip(parts, weighting, strict=True) if rows)
+        found.append([*parts, *(torch.autograd.grad(finite, inputs) if rows else ())])
+    for mine, true in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
 
 
 def test_label_outside_the_vocabulary_is_an_error():

@@ -14,7 +14,7 @@ from megatron.ops import (
     reference,
     reference_ops,
 )
-from megatron.ops.registry import Implementation, _best
+from megatron.ops.registry import ON_REQUEST, Implementation, _best
 
 CPU = accelerators.select("cpu")
 
@@ -23,8 +23,18 @@ def test_default_table_takes_the_first_of_each():
     _, lines = build_table(CPU, {})
     assert len(lines) == len(OPERATIONS)
     chosen = {line.split()[1]: line.split()[2] for line in lines}
-    assert chosen == {op: implementations(CPU, op)[0].name for op in OPERATIONS}
+    assert chosen == {op: "none" if op in ON_REQUEST else implementations(CPU, op)[0].name for op in OPERATIONS}
     assert "op attention        blocked" in lines
+
+
+def test_operations_in_place_of_others_are_there_on_request():
+    assert set(ON_REQUEST) == {field.name for field in fields(Ops) if field.default is None}
+    ops, lines = build_table(CPU, {})
+    assert ops.linear_cross_entropy is None
+    assert "op linear_cross_entropy none (cross_entropy of all logits instead)" in lines
+    ops, lines = build_table(CPU, {"linear_cross_entropy": "chunked"})
+    assert ops.linear_cross_entropy is implementations(CPU, "linear_cross_entropy")[0].function
+    assert "op linear_cross_entropy chunked (asked for)" in lines
 
 
 def test_asked_is_obeyed():
@@ -38,7 +48,7 @@ def test_reference_is_always_there():
     for op in OPERATIONS:
         ops, _ = build_table(CPU, {op: "reference"})
         assert getattr(ops, op) is getattr(reference, op)
-    assert all(getattr(reference_ops(), op) is getattr(reference, op) for op in OPERATIONS)
+    assert all(getattr(reference_ops(), op) is getattr(reference, op) for op in OPERATIONS if op not in ON_REQUEST)
 
 
 def test_unknown_implementation_is_refused_with_the_known_ones():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.sim import build
 from tests.sim.build import Device
@@ -33,7 +34,13 @@ _HERE = Path(__file__).parent
 
 
 def need(device: Device) -> None:
-    """Compile the device if need be; skip the test where that cannot be done for lack of a compiler."""
+    """Compile the device if need be; skip the test where that cannot be done.
+
+    There must be a compiler, and for Gaudi a torch like the vendor's: with one that is built for CUDA, even without a
+    GPU, torch ends a backward pass with "Cannot have both HPU and cuda".
+    """
+    if build.dispatch_key(device) == "hpu" and torch.version.cuda is not None:
+        pytest.skip(f"the simulated {device} needs a torch without CUDA (the CPU build), not {torch.__version__}")
     if not build.library(device).exists() and build.compiler() is None:
         pytest.skip(f"the simulated {device} needs a C++ compiler: {os.environ.get('CXX', 'g++')} was not found")
     build.ensure(device)

@@ -19,6 +19,15 @@ FURTHER = tuple(
     for engine in layout.engines
     if ("DP" in layout.name or engine in TELLING) and (layout.name, engine) not in QUICK
 )
+CHUNKED = ("--op", "linear_cross_entropy=chunked")
+WITHOUT_LOGITS = dict.fromkeys(
+    [
+        *(("TP2 DP2", "native stage 3"), ("TP2 DP2", "DeepSpeed ZeRO-3"), ("TP2 SP", "DeepSpeed ZeRO-1")),
+        *(("DP2", "native stage 0"), ("DP2", "DeepSpeed ZeRO-2")),
+    ],
+    CHUNKED,
+)
+"""Some take another way to the loss, with the numbers of the usual one."""
 COPIES_OF_HEADS = (
     ("TP4 SP, 2 kv heads", "DeepSpeed ZeRO-3"),
     *(("TP2 SP DP2, 1 kv head", engine) for engine in ("native stage 3", "DeepSpeed ZeRO-2")),
@@ -34,7 +43,11 @@ def test_layout_equals_one_process(layout: str, engine: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "engine"), FURTHER + COPIES_OF_HEADS)
 def test_every_layout_and_engine_equals_one_process(layout: str, engine: str) -> None:
-    assert agrees(layout_of(layout), engine, SHORT)
+    assert agrees(layout_of(layout), engine, SHORT, WITHOUT_LOGITS.get((layout, engine), ()))
+
+
+def test_losses_without_logits_are_tried() -> None:
+    assert set(FURTHER) >= WITHOUT_LOGITS.keys()
 
 
 @pytest.mark.slow
