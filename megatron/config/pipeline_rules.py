@@ -79,6 +79,14 @@ def split_backward_is_not_compiled(pipeline_schedule: str, use_torch_compile: bo
     return None
 
 
+def split_backward_has_logits(pipeline_schedule: str, op: tuple[str, ...]) -> str | None:
+    """What is left for later is made of the gradients of all logits."""
+    without = [item for item in op if item.startswith("linear_cross_entropy=")]
+    if pipeline_schedule in _ZERO_BUBBLE and without:
+        return f"--op {without[0]}: not with --pipeline-schedule {pipeline_schedule}; take 1f1b or interleaved"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     pipeline_has_ranks,
     pipeline_has_stages,
@@ -87,4 +95,5 @@ RULES: tuple[Rule, ...] = (
     deepspeed_stages_have_layers,
     split_backward_keeps_parameters,
     split_backward_is_not_compiled,
+    split_backward_has_logits,
 )

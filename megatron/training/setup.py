@@ -15,7 +15,6 @@ from megatron.accelerators import Accelerator, deepspeed_environment, select
 from megatron.config.run import RunConfig
 from megatron.mpu.expert_parallel import with_experts
 from megatron.mpu.groups import ProcessGroups, build_groups, single_process
-from megatron.mpu.schedule import splits_backward
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
 from megatron.training.report import Printers
@@ -139,14 +138,6 @@ def _attention(accelerator: Accelerator, op: str, kind: str) -> str:
     return "flash_attn" if kind == "flash" and "flash_attn" in known else known[0]
 
 
-def _why_none(config: RunConfig, op: str) -> str:
-    """Why this run has no place for an operation; empty where it has."""
-    schedule = config.parallel.pipeline_schedule
-    if op == "linear_cross_entropy" and splits_backward(schedule):
-        return f"--pipeline-schedule {schedule} computes gradients of weights later, from those of all logits"
-    return _no_all_reduce(config) if op == "matmul_all_reduce" else ""
-
-
 def _no_all_reduce(config: RunConfig) -> str:
     """Why no linear layer of this run ends in an all-reduce in the format of its numbers; empty where they do."""
     if config.parallel.tensor_model_parallel_size == 1:
@@ -205,7 +196,7 @@ def asked_implementations(config: RunConfig, accelerator: Accelerator) -> dict[s
         op, _, name = item.partition("=")
         if not name:
             raise UnavailableOpError(f"--op {item}: must be operation=implementation, such as attention=reference")
-        if why_none := _why_none(config, op):
+        if op == "matmul_all_reduce" and (why_none := _no_all_reduce(config)):
             raise UnavailableOpError(f"--op {item}: {why_none}; leave it out")
         ask(op, name, f"--op {item}")
     kind = settings.attention_backend

@@ -71,6 +71,12 @@ TABLE = [
         "--use-torch-compile: --pipeline-schedule zero-bubble 1f1b",
     ),
     (
+        P.split_backward_has_logits,
+        "--pipeline-model-parallel-size 2 --enable-zbh1-pipeline --op linear_cross_entropy=chunked",
+        "",
+        "--op linear_cross_entropy=chunked: --pipeline-schedule zero-bubble 1f1b",
+    ),
+    (
         M.query_heads_split,
         "--tensor-model-parallel-size 4 --num-attention-heads 6 --hidden-size 96",
         "",

@@ -76,14 +76,6 @@ def test_a_sum_within_the_product_is_refused_where_there_is_none(flags, reason):
         _asked("npu", "--op", "matmul_all_reduce=fused", *flags, ranks=2)
 
 
-@pytest.mark.parametrize("schedule", ["zero-bubble", "zbv"])
-def test_losses_without_logits_are_refused_where_their_gradients_are_kept(schedule):
-    message = f"--op linear_cross_entropy=chunked: --pipeline-schedule {schedule} computes gradients of weights later"
-    flags = ("--pipeline-schedule", schedule, "--pipeline-model-parallel-size", "2", "--num-layers", "4")
-    with pytest.raises(UnavailableOpError, match=message):
-        _asked("cpu", "--op", "linear_cross_entropy=chunked", *flags, ranks=2)
-
-
 def test_a_sum_within_the_product_is_asked_for():
     flags = ("--op", "matmul_all_reduce=fused", "--tensor-model-parallel-size", "2")
     assert _asked("npu", *flags, ranks=2) == {"matmul_all_reduce": "fused"}
