@@ -17,7 +17,6 @@ _FORMAT_ONLY = {
     "fp8_wgrad": "--no-fp8-wgrad",
     "cache_fp8_weight": "--cache-fp8-weight",
 }
-_SPLIT_BACKWARD = ("zero-bubble", "zbv")
 _STEP = 16
 
 
@@ -39,14 +38,13 @@ def history_is_for_delayed_scaling(fp8_format: str | None, fp8_recipe: str, give
 
 
 def eight_bit_products_are_plain(
-    fp8_format: str | None, use_torch_compile: bool, pipeline_schedule: str, num_experts: tuple[int, ...]
+    fp8_format: str | None, use_torch_compile: bool, num_experts: tuple[int, ...]
 ) -> str | None:
     """What 8-bit layers do not go together with."""
     if fp8_format is None:
         return None
     others = {
         "--use-torch-compile true": use_torch_compile,
-        f"--pipeline-schedule {pipeline_schedule}": pipeline_schedule in _SPLIT_BACKWARD,
         "--num-experts": num_experts != (1,),
     }
     used = [flag for flag, is_used in others.items() if is_used]

@@ -7,6 +7,7 @@ from torch import nn
 from megatron.mpu.eight_bit import EightBitLinear, EightBitScaling
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.ops import Ops
+from megatron.ops.float8 import SplitProduct
 
 
 def use_eight_bit(model: nn.Module, scaling: EightBitScaling, ops: Ops) -> None:
@@ -18,10 +19,16 @@ def use_eight_bit(model: nn.Module, scaling: EightBitScaling, ops: Ops) -> None:
         ops: makes the products.
 
     Raises:
-        ValueError: a layer has features of a number that 8-bit products cannot take.
+        ValueError: a layer has features of a number that 8-bit products cannot take, or leaves gradients of weights for
+            later where they come with those of inputs.
     """
     for name, module in model.named_modules():
         if name.startswith("layers.") and isinstance(module, ColumnParallelLinear | RowParallelLinear):
             features_out, features_in = module.weight.shape
             product = ops.make_linear(features_in, features_out, scaling.formats)
+            if module.deferred is not None and not isinstance(product, SplitProduct):
+                raise ValueError(
+                    "--pipeline-schedule: the 8-bit products of this device give the gradients of inputs and weights "
+                    "at once; choose one that does not part them, such as 1f1b"
+                )
             module.eight_bit = EightBitLinear(product, scaling, scaling.add(name))

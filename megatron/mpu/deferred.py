@@ -27,6 +27,10 @@ class Linear(Protocol):
         """The local part of a parameter of this layer."""
         ...
 
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Input [s, b, i] and gradient of the output [s, b, o] -> that of the weight [o, i]."""
+        ...
+
 
 @dataclass(frozen=True)
 class WeightTask:
@@ -115,5 +119,5 @@ class _Zero(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         task: WeightTask = ctx.task
         x = task.x if task.gather is None else collectives.all_gather(task.x, task.gather)
-        rows = x.flatten(0, -2)
-        return (None, *(gradient.flatten(0, -2).t().matmul(rows) for gradient in task.gradients))
+        pairs = zip(task.layers, task.gradients, strict=True)
+        return (None, *(layer.weight_gradient(x, gradient) for layer, gradient in pairs))

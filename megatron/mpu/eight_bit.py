@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron.mpu import collectives
 from megatron.mpu.groups import ProcessGroups
-from megatron.ops.float8 import Formats, Product, scale_of
+from megatron.ops.float8 import Formats, Product, SplitProduct, scale_of
 
 _INPUT, _WEIGHT, _GRADIENT = range(3)
 
@@ -180,6 +180,16 @@ class EightBitLinear:
         """X [..., i], weight [o, i] -> [..., o] in x's dtype."""
         scale, new = self._weight_scale(weight)
         return self._product(x, weight, self._scale(_INPUT)(x), scale, self._scale(_GRADIENT), new_weight=new)
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of the weight [o, i] as backward would have given it, in the same step.
+
+        Args:
+            x: the input [..., i].
+            gradient: of the output [..., o].
+        """
+        assert isinstance(self._product, SplitProduct)
+        return self._product.weight_gradient(x, gradient, self._scale(_INPUT)(x), self._scale(_GRADIENT)(gradient))
 
     def _weight_scale(self, weight: Tensor) -> tuple[Tensor, bool | None]:
         """The scale of the weight, and what `Product` wants to know of it."""

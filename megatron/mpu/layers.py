@@ -127,6 +127,12 @@ class SplitLayer(nn.Module):
         """X [..., i], weight [o, i] -> x weight^T [..., o]; in training by 8-bit numbers if the layer does so."""
         return F.linear(x, weight) if self.eight_bit is None or not self.training else self.eight_bit(x, weight)
 
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Input [..., i] and gradient of the output [..., o] of training -> that of the weight [o, i]."""
+        if self.eight_bit is not None:
+            return self.eight_bit.weight_gradient(x, gradient)
+        return gradient.flatten(0, -2).t().matmul(x.flatten(0, -2))
+
 
 class ColumnParallelLinear(SplitLayer):
     """Linear layer whose output features are split over the tensor-parallel ranks.
@@ -185,8 +191,9 @@ def column_linears(
     biases = [None if skip_bias or layer.bias is None else layer.own(layer.bias) for layer in layers]
     weights = [_weight(layer) for layer in layers]
     if first.training and first.eight_bit is not None:
-        return _eight_bit_columns(x, layers, weights, biases)
-    outputs = column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
+        outputs = _eight_bit_columns(x, layers, weights, biases)
+    else:
+        outputs = column_parallel(x, weights, biases, group=first.group, sequence_parallel=first.sequence_parallel)
     return _watched(outputs, x, layers, first.group if first.sequence_parallel else None)
 
 

@@ -26,12 +26,6 @@ TABLE = (
         "--fp8-format hybrid: not with --use-torch-compile true;",
     ),
     (
-        F.eight_bit_products_are_plain,
-        "--fp8-format hybrid --pipeline-model-parallel-size 2 --pipeline-schedule zero-bubble",
-        "",
-        "--fp8-format hybrid: not with --pipeline-schedule zero-bubble;",
-    ),
-    (
         F.eight_bit_products_have_whole_blocks,
         "--fp8-format hybrid --hidden-size 72",
         "",

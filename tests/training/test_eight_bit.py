@@ -53,7 +53,7 @@ def test_recomputation_and_kept_weights_repeat_every_bit(recipe):
     ("layout", "flags"),
     [
         ("DP2", ("--zero-stage", "3", "--cache-fp8-weight")),
-        ("PP2 interleaved", ()),
+        ("PP2 zbv", ()),
         ("PP2 TP2 SP 1f1b", ()),
         ("PP2 1f1b", ("--deepspeed", "--zero-stage", "1", "--cache-fp8-weight")),
     ],
