@@ -7,8 +7,11 @@ import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -17,12 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 _SECONDS_TO_EXIT = 10.0
 
 
 def load_tool(name: str) -> ModuleType:
     """A script of tools/ as a module, for tests that run it in their own process."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(__file__).resolve().parents[1] / "tools" / name)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "tools" / name)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -56,11 +60,7 @@ def rank_process(main: Callable[[], None], rank: int, world_size: int, port: int
     """One rank as a launcher would start it: `run_to_exit` around `main`, what it prints in a file."""
     from megatron.training.failures import run_to_exit
 
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = os.fdopen(1, "w")
-    sys.stderr = os.fdopen(2, "w")
+    _print_to(output, output)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -71,6 +71,50 @@ def rank_process(main: Callable[[], None], rank: int, world_size: int, port: int
         OMP_NUM_THREADS="1",
     )
     run_to_exit(main)
+
+
+def _print_to(output: str, errors: str) -> None:
+    """Let this process print into files; both may be the same one."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for descriptor, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, flags), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+
+
+def run_script(*words: object, timeout: float = 240.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What `python WORDS...` does in the root of the repository, in a process that has imported torch already.
+
+    Args:
+        words: path of the script, and its arguments.
+        timeout: seconds until the process is given up.
+        variables: further ones of its environment.
+
+    Raises:
+        AssertionError: it did not end in time.
+    """
+    command = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("output", "errors")]
+        environ = {**os.environ, **variables}
+        process = worker_context().Process(target=_script, args=(command, environ, *map(str, files)))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(f"{command} did not end in time")
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, *(file.read_text() for file in files))
+
+
+def _script(command: list[str], environ: dict[str, str], output: str, errors: str) -> None:
+    _print_to(output, errors)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(ROOT)
+    sys.argv = command
+    sys.path.insert(0, str(ROOT / Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _worker(

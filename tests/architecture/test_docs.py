@@ -14,6 +14,7 @@ import pytest
 from megatron.launch import env
 from megatron.launch.__main__ import main as launch
 from tests.architecture.commands import Command, commands
+from tests.support import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -29,13 +30,18 @@ def _run(words, variables=()):
     done = subprocess.run(
         words, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
     )
+    return _printed(done)
+
+
+def _printed(done):
+    words = done.args
     assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @functools.cache
 def _help(*start):
-    return _run([sys.executable, *start, "--help"])
+    return _run([sys.executable, *start, "--help"]) if start[0] == "-m" else _printed(run_script(*start, "--help"))
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: str(value) if isinstance(value, Path) else "")
@@ -53,7 +59,7 @@ def test_command_of_the_documentation(page, command, tmp_path):
         assert launch(flags, {**os.environ, **dict(variables)}) == 0
     elif command.kind == "trainer":
         processes, words = command.trainer()
-        _run([sys.executable, *words, "--dry-run"], [*variables, ("WORLD_SIZE", str(processes))])
+        _printed(run_script(*words, "--dry-run", **dict(variables), WORLD_SIZE=str(processes)))
     elif command.kind in ("tool", "module"):
         start = [next(word for word in arguments if word.endswith(".py"))] if command.kind == "tool" else arguments[:2]
         help_text = _help(*start)

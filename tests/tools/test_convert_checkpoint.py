@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron.checkpoint.formats import FORMATS, ReadOptions, WriteOptions, conv
 from megatron.checkpoint.formats.model import with_vocabulary
 from megatron.config.presets import preset
 from tests.checkpoint.formats.samples import FAMILIES, MAIN_FAMILIES, assert_equal, random_model
-from tests.support import load_tool
+from tests.support import load_tool, run_script
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 QUIET = WriteOptions(log=lambda _: None)
@@ -51,17 +50,7 @@ def test_hugging_face_through_every_format(family: str, tool: Any, tmp_path: Pat
 
 
 def test_mistakes_end_with_one_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        TOOLS / "convert_checkpoint.py",
-        "--to",
-        "hf",
-        "--load",
-        tmp_path,
-        "--save",
-        tmp_path / "x",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = run_script("tools/convert_checkpoint.py", "--to", "hf", "--load", tmp_path, "--save", tmp_path / "x")
     assert done.returncode != 0
     assert "no checkpoint that is known here" in done.stderr and "Traceback" not in done.stderr
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from megatron.tokenizer import TokenizerError
 from megatron.training.setup import SetupError
 from tests.generation.test_text import byte_tokenizer
 from tests.model.test_hf import CASES, _random_model
-from tests.support import load_tool
+from tests.support import load_tool, run_script
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "generate_text.py"
 PROMPTS = ("def read", "hello, w")
@@ -137,7 +136,6 @@ def test_a_tokenizer_of_another_model(hugging_face: tuple[Path, list[str]], tool
 
 
 def test_a_mistake_ends_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, TOOL, "--load", tmp_path / "nowhere", "--prompt", "x", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_script("tools/generate_text.py", "--load", tmp_path / "nowhere", "--prompt", "x", "--device", "cpu")
     assert done.returncode == 1
     assert done.stderr == f"error: --load {tmp_path}/nowhere: it does not exist\n"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron.training.metrics import read_metrics
+from tests.support import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "64"),
     *("--max-position-embeddings", "64", "--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-2"),
@@ -19,11 +17,6 @@ MODEL = (
     *("--log-interval", "1", "--attention-dropout", "0", "--hidden-dropout", "0"),
     *("--train-iters", "6", "--eval-interval", "3", "--eval-iters", "1", "--lr-decay-style", "constant"),
 )
-
-
-def _python(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     lines = [json.dumps({"prompt": f"{a} {b}" + " 50" * a, "completion": str(60 + a + b)}) for a, b in pairs]
     (folder / "i.jsonl").write_text("\n".join(lines))
     for form in ("packed", "compact"):
-        done = _python(
+        done = run_script(
             *("tools/preprocess_data.py", "--input", folder / "i.jsonl", "--handler-name", "PromptCompletionHandler"),
             *("--tokenizer-type", "NullTokenizer", "--vocab-size", "99", "--append-eod"),
             *("--output-prefix", folder / form, "--instruction-format", form),
@@ -45,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def _losses(tmp_path: Path, *flags: str, program: str = "finetune_gpt.py") -> list[float]:
     log = tmp_path / "metrics.jsonl"
-    done = _python(program, *MODEL, "--log-json", log, "--data-cache-path", tmp_path / "cache", *flags)
+    done = run_script(program, *MODEL, "--log-json", log, "--data-cache-path", tmp_path / "cache", *flags)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     records = list(read_metrics(log))
     assert any(record["kind"] == "evaluation" for record in records)
@@ -76,7 +69,7 @@ def test_examples_share_samples(data: dict[str, str], tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(flags: tuple[str, ...], message: str) -> None:
-    done = _python("finetune_gpt.py", *MODEL, *flags)
+    done = run_script("finetune_gpt.py", *MODEL, *flags)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -84,7 +77,7 @@ def test_what_cannot_be_obeyed_is_refused(flags: tuple[str, ...], message: str) 
 
 @pytest.mark.slow
 def test_packing_of_pretraining_data_is_refused() -> None:
-    done = _python("pretrain_gpt.py", *MODEL, "--mock-data", "--neat-pack")
+    done = run_script("pretrain_gpt.py", *MODEL, "--mock-data", "--neat-pack")
     assert done.returncode != 0
     assert "--neat-pack and --variable-seq-lengths go with --is-instruction-dataset" in done.stdout + done.stderr
 
@@ -92,9 +85,9 @@ def test_packing_of_pretraining_data_is_refused() -> None:
 @pytest.mark.slow
 def test_fill_in_the_middle_needs_its_tokens(data: dict[str, str]) -> None:
     corpus = f"{data['packed']}_packed_input_ids_document"
-    done = _python("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", "--fim-prefix-token", "1 2")
+    done = run_script("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", "--fim-prefix-token", "1 2")
     assert done.returncode != 0
     assert "--fim-prefix-token '1 2' is 2 tokens, not one" in done.stdout + done.stderr
     tokens = [f"--fim-{name}-token={number}" for number, name in enumerate(("prefix", "middle", "suffix", "pad"), 90)]
-    done = _python("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", *tokens)
+    done = run_script("pretrain_gpt.py", *MODEL, "--data-path", corpus, "--fim-data", *tokens)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ import pytest
 
 from megatron.data.indexed_writer import IndexedDatasetWriter
 from tests.parity import MODEL
-from tests.support import free_port
+from tests.support import free_port, run_script
 
 ROOT = Path(__file__).parents[2]
 BATCH = (
@@ -27,20 +27,12 @@ SECONDS_TO_NOTICE = 60.0
 
 
 def _command(*flags: str) -> list[str]:
-    return [sys.executable, "pretrain_gpt.py", *MODEL, *BATCH, "--train-iters", "30", *flags]
+    return ["pretrain_gpt.py", *MODEL, *BATCH, "--train-iters", "30", *flags]
 
 
-def _run(*flags: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+def _run(*flags: str, **variables: str) -> tuple[int, str]:
     """Exit code and everything printed."""
-    done = subprocess.run(
-        _command(*flags),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_script(*_command(*flags), **variables)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -96,11 +88,10 @@ def test_unknown_flag() -> None:
 
 @pytest.mark.slow
 def test_heads_and_world_size_that_do_not_fit() -> None:
-    found = _run("--mock-data", "--tensor-model-parallel-size", "3", env={"WORLD_SIZE": "4"})
+    found = _run("--mock-data", "--tensor-model-parallel-size", "3", WORLD_SIZE="4")
     _assert_refused(found, ["--tensor-model-parallel-size", "3", "8", "4"])
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_drive_without_the_library_for_it(tmp_path: Path) -> None:
     """One process without a launcher, which DeepSpeed does not expect."""
@@ -147,7 +138,7 @@ def _ranks(*flags: str) -> list[subprocess.Popen[str]]:
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     return [
         subprocess.Popen(
-            _command("--mock-data", "--train-iters", "100000", *flags),
+            [sys.executable, *_command("--mock-data", "--train-iters", "100000", *flags)],
             cwd=ROOT,
             env={**common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from megatron.config.run import parse
 from megatron.training.checkpoint_args import read_settings
 from megatron.training.run import run
 from tests.checkpoint.formats.samples import FAMILIES, random_model
-from tests.support import run_ranks
+from tests.support import run_ranks, run_script
 
 RUN = (
     "--use-checkpoint-args --mock-data --tokenizer-type NullTokenizer --vocab-size 82 --seq-length 16 --lr 0 "
@@ -60,9 +58,9 @@ def test_weights_go_through_a_run_unchanged(family: str, flags: str, ranks: int,
 
 def _losses(flags: str) -> list[str]:
     """What a run in one process prints as its losses, digit by digit."""
-    command = [sys.executable, "pretrain_gpt.py", *flags.split(), "--log-interval", "1"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    return re.findall(r"lm loss: (\S+)", printed)
+    done = run_script("pretrain_gpt.py", *flags.split(), "--log-interval", "1")
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"lm loss: (\S+)", done.stdout)
 
 
 @pytest.mark.slow
@@ -85,10 +83,7 @@ def test_deepspeed_begins_with_the_weights(tmp_path: Path) -> None:
     _folder("llama", tmp_path / "in")
     losses = []
     for engine in ("", "--deepspeed --zero-stage 1 --bf16"):
-        flags = f"{RUN} {STEPS} --load {tmp_path / 'in'} --log-interval 1 {engine}".split()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "pretrain_gpt.py", *flags]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-        losses.append(float(re.findall(r"lm loss: (\S+)", printed)[0]))
+        losses.append(float(_losses(f"{RUN} {STEPS} --load {tmp_path / 'in'} {engine}")[0]))
     assert losses[1] == pytest.approx(losses[0], rel=BFLOAT16_TOLERANCE)
     assert losses[0] > 5, "random weights of this size lose more than the logarithm of the vocabulary"
 
