@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +21,24 @@ from tests.support import run_ranks
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one small checkpoint."""
+    """A file system with room for one small checkpoint, which anybody may mount in namespaces of a process."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    script = f"mount -t tmpfs -o size=1m none {shlex.quote(str(folder))} && echo mounted && read end"
+    with subprocess.Popen(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if not process.stdout.readline():
+            pytest.skip(f"no file system can be mounted here: {process.stderr.read().strip()}")
+        # What that process sees. The system unmounts it when the process ends.
+        yield Path(f"/proc/{process.pid}/root{folder}")
+        process.communicate("end\n")
 
 
 def test_full_disk(small_disk: Path) -> None:

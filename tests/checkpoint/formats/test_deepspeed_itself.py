@@ -21,6 +21,7 @@ from tests.support import run_ranks
 
 pytestmark = pytest.mark.slow
 
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
 OPTIONS = WriteOptions(divisible_by=8)
 ENTRIES = ("fp32", "exp_avg", "exp_avg_sq")
 Truth = dict[str, dict[str, Tensor]]
@@ -130,6 +131,12 @@ def test_zero_files_of_two_ranks(stage: int, tmp_path: Path) -> None:
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--no_strict"]
     subprocess.run([*command, *folders, *workers], check=True, capture_output=True, env={**os.environ})
     _assert_holds(open_model(tmp_path / "universal", "universal", options), truth)
+    if stage == 1:
+        variables = {"HL_LATEST_CHECKPOINT": str(tmp_path / "out" / "global_step2"), "HL_UNIV_CP_EXTRACT_WORKERS": "2"}
+        script = ["bash", TOOLS / "ckpt_convert" / "convert_ds_to_universal.sh", "--hf-config", tmp_path / "hf"]
+        subprocess.run(script, check=True, env={**os.environ, **variables, "PYTHON": sys.executable})
+        assert (tmp_path / "out" / "latest_universal").read_text() == "global_step2_universal"
+        _assert_holds(open_model(tmp_path / "out", "universal", options), truth)
 
 
 def _resume(folder: Path) -> int:
