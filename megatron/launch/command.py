@@ -63,6 +63,8 @@ def torchrun(job: Job) -> list[str]:
 def deepspeed(job: Job) -> list[str]:
     """DeepSpeed's launcher: reaches the nodes of a hostfile over ssh by itself."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    if job.max_restarts:  # its elastic agent fails with today's torch, and DeepSpeed 0.19 has none
+        command = [sys.executable, "-m", "megatron.launch.again", str(job.max_restarts), *command]
     if job.hostfile:
         command += ["--hostfile", job.hostfile]
     command += ["--num_nodes", str(job.nodes), "--num_gpus", str(job.processes), "--master_port", str(job.port)]

@@ -105,7 +105,7 @@ def make_plan(
     readings = env.read(family, environ, argv)
     words = [*(word for reading in readings for word in reading.flags), *argv]
     own, flags = parser().parse_known_args(words)
-    _check_restarts(own.max_restarts, own.launcher)
+    _check_restarts(own.max_restarts)
     model_parallel, device = _layout(flags)
     hosts = _hosts(own.hostfile, own.launcher, environ)
     nodes = _nodes(own.num_nodes, hosts)
@@ -155,12 +155,10 @@ def make_plan(
     )
 
 
-def _check_restarts(asked: int, launcher: str) -> None:
-    """Raises ValueError if the launcher cannot start processes again."""
+def _check_restarts(asked: int) -> None:
+    """Raises ValueError for a number of times that is none."""
     if asked < 0:
         raise ValueError(f"--max-restarts {asked}: must be at least 0")
-    if asked and launcher == "deepspeed":
-        raise ValueError("--max-restarts: DeepSpeed's launcher starts nothing again; use another --launcher")
 
 
 def processes_per_node(

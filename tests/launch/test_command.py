@@ -40,6 +40,11 @@ def test_restarts_are_left_to_torchrun_and_nodes_agree_on_them():
     assert "--rdzv-endpoint" in torchrun(_many(max_restarts=3))
 
 
+def test_deepspeeds_launcher_is_started_again():
+    once, again = deepspeed(_job()), deepspeed(_job(max_restarts=3))
+    assert again == [sys.executable, "-m", "megatron.launch.again", "3", *once]
+
+
 def test_deepspeed_on_one_node():
     command = deepspeed(_job())
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
