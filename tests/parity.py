@@ -204,6 +204,18 @@ def train(argv: Sequence[str]) -> None:
     run(parse(argv, os.environ, read_record=read_settings))
 
 
+def in_turn(runs: Sequence[Sequence[str]]) -> list[str]:
+    """Train one after the other in this process; what each run ends with."""
+    ends = []
+    for words in runs:
+        try:
+            train(words)
+            ends.append("")
+        except ValueError as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
 Start = Callable[[int, Callable[[Sequence[str]], None], Sequence[str], float], object]
 """Calls a function with an argument on a number of ranks, within a number of seconds."""
 

@@ -11,7 +11,7 @@ from megatron.checkpoint.parts import Parts, Place, Stored
 from megatron.checkpoint.publish import check_writable
 from megatron.checkpoint.ranks import on_first_rank
 from megatron.checkpoint.save import TrainingState, save
-from megatron.checkpoint.saver import Saver, SaveSettings
+from megatron.checkpoint.saver import WRITER, Saver, SaveSettings
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +23,7 @@ __all__ = [
     "SaveError",
     "Stored",
     "SaveSettings",
+    "WRITER",
     "Saver",
     "TrainingState",
     "check_writable",

@@ -7,7 +7,7 @@ import hashlib
 import heapq
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,16 @@ from typing import IO
 
 from megatron.checkpoint.location import Location, RemotePath
 
+Progress = Callable[[], None]
+"""Told whenever work that may take long gets further, for whoever watches that it does."""
+
 _READ_BYTES = 1 << 20
 # Below this handing the data to another thread costs more than hashing it.
 _BYTES_WORTH_A_THREAD = 1 << 20
+
+
+def nothing() -> None:
+    """The `Progress` of work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ def replace_synced(path: Location, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def record_of(path: Location) -> FileRecord:
-    """Length and hash of a file as it is."""
+def record_of(path: Location, progress: Progress = nothing) -> FileRecord:
+    """Length and hash of a file as it is; calls `progress` after each piece."""
     digest = hashlib.sha256()
     length = 0
     buffer = memoryview(bytearray(_READ_BYTES))
@@ -69,6 +76,7 @@ def record_of(path: Location) -> FileRecord:
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
             length += count
+            progress()
     return FileRecord(length, digest.hexdigest())
 
 
@@ -104,11 +112,12 @@ def share_of(sizes: Mapping[str, int], rank: int, size: int) -> list[str]:
 class HashingFile:
     """A file that is hashed while it is written and is on the disk once it is closed.
 
-    Errors of the system carry the file's name, which those of `write` lack otherwise.
+    Errors of the system carry the file's name, which those of `write` lack otherwise. Each `write` ends with a call of
+    `progress`.
     """
 
-    def __init__(self, path: Location) -> None:
-        self._path = path
+    def __init__(self, path: Location, progress: Progress) -> None:
+        self._path, self._progress = path, progress
         self._file: IO[bytes] = path.open("wb")
         self._digest = hashlib.sha256()
         self._bytes = 0
@@ -130,6 +139,7 @@ class HashingFile:
         except OSError as error:
             raise self._named(error) from None
         self._bytes += count
+        self._progress()
         return count
 
     def tell(self) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
-from megatron.checkpoint.files import share_of
+from megatron.checkpoint.files import Progress, nothing, share_of
 from megatron.checkpoint.folder import folder_of, latest, list_checkpoints
 from megatron.checkpoint.location import Location, location
 from megatron.checkpoint.manifest import (
@@ -71,6 +71,7 @@ def load(
     fallback: bool = False,
     group: dist.ProcessGroup | None = None,
     log: Log = print,
+    progress: Progress = nothing,
 ) -> Loaded | None:
     """Fill tensors in place from a checkpoint, whatever layout it was saved from. Called by all ranks of `group`.
 
@@ -87,6 +88,7 @@ def load(
         fallback: if the checkpoint is damaged, say so loudly and take the newest older one that is whole.
         group: the ranks that load; None: all.
         log: called on the first rank with Megatron's messages.
+        progress: called on every rank whenever it gets further, for whoever watches that it does.
 
     Returns:
         What else the checkpoint says; None if there is no checkpoint in the folder.
@@ -95,7 +97,7 @@ def load(
         CorruptCheckpoint: the checkpoint is damaged; the message names the file.
         CheckpointMismatch: it does not fit `into`, or `iteration` does not exist. On all ranks, as every error.
     """
-    ranks = Ranks.of(group)
+    ranks = Ranks.of(group, progress)
     wanted = {name: tensor for name, tensor in into.items() if sections is None or _section(name) in sections}
 
     def attempt(path: Location) -> Loaded:
@@ -108,15 +110,18 @@ def load(
 
 
 def read_record(
-    root: str | Path, *, iteration: int | None = None, group: dist.ProcessGroup | None = None
+    root: str | Path,
+    *,
+    iteration: int | None = None,
+    fallback: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Loaded | None:
     """What a checkpoint says besides its tensors, before there is a model to load (--use-checkpoint-args).
 
-    Arguments, result and errors are those of `load`.
+    Arguments, result and errors are those of `load`, which also tells what a fallback means.
     """
     ranks = Ranks.of(group)
-    candidates = ranks.first(lambda: _candidates(location(root), iteration, fallback=False, log=print))
-    return _open(candidates[0][1], False, ranks).loaded if candidates else None
+    return _with_messages(root, iteration, fallback, lambda path: _open(path, False, ranks).loaded, ranks, _say_nothing)
 
 
 def _with_messages(
@@ -141,6 +146,10 @@ def _with_messages(
         _say(ranks, log, f"  successfully loaded checkpoint from {root} at iteration {number}")
         return loaded
     return None
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def _say(ranks: Ranks, log: Log, message: str) -> None:
@@ -196,8 +205,9 @@ def _open(path: Location, verify: bool, ranks: Ranks) -> _Opened:
 
 def _verify_contents(opened: _Opened, ranks: Ranks) -> None:
     files = opened.manifest.files
-    mine = share_of({name: record.bytes for name, record in files.items()}, ranks.rank, ranks.size)
-    faults = ranks.each(lambda: content_faults(opened.loaded.path, {name: files[name] for name in mine}))
+    names = share_of({name: record.bytes for name, record in files.items()}, ranks.rank, ranks.size)
+    mine = {name: files[name] for name in names}
+    faults = ranks.each(lambda: content_faults(opened.loaded.path, mine, ranks.progress))
     if found := [fault for part in faults for fault in part]:
         raise CorruptCheckpoint(f"{opened.loaded.path} is damaged: {'; '.join(found)}")
 

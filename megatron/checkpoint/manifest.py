@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megatron.checkpoint.errors import CheckpointMismatch, CorruptCheckpoint
-from megatron.checkpoint.files import FileRecord, record_of
+from megatron.checkpoint.files import FileRecord, Progress, nothing, record_of
 from megatron.checkpoint.location import Location
 
 FORMAT = "megatron checkpoint"
@@ -125,12 +125,12 @@ def check_presence(folder: Location, manifest: Manifest) -> None:
         raise CorruptCheckpoint(f"{folder} is damaged: {'; '.join(faults)}")
 
 
-def content_faults(folder: Location, files: Mapping[str, FileRecord]) -> list[str]:
-    """Read files and describe each whose contents are not what was written."""
+def content_faults(folder: Location, files: Mapping[str, FileRecord], progress: Progress = nothing) -> list[str]:
+    """Read files and describe each whose contents are not what was written; calls `progress` after each piece."""
     faults = []
     for name, record in files.items():
         try:
-            found = record_of(folder / name)
+            found = record_of(folder / name, progress)
         except OSError as error:
             faults.append(f"{name}: {error.strerror}")
             continue

@@ -138,7 +138,7 @@ def _write(draft: Draft, temporary: Location, verify: bool, ranks: Ranks) -> Non
     ranks.each(lambda: _wait_for(temporary))
     own = draft.write(temporary)
     if verify:
-        ranks.each(lambda: _read_back(temporary, own.files))
+        ranks.each(lambda: _read_back(temporary, own.files, ranks))
     written = ranks.each(lambda: own)
     ranks.first(lambda: _finish(draft, temporary, written))
 
@@ -156,10 +156,10 @@ def _wait_for(path: Location) -> None:
         time.sleep(0.05)
 
 
-def _read_back(temporary: Location, files: Mapping[str, FileRecord]) -> None:
+def _read_back(temporary: Location, files: Mapping[str, FileRecord], ranks: Ranks) -> None:
     for name in files:
         drop_from_cache(temporary / name)
-    if faults := content_faults(temporary, files):
+    if faults := content_faults(temporary, files, ranks.progress):
         raise CorruptCheckpoint(f"what was read back is not what was written: {'; '.join(faults)}")
 
 

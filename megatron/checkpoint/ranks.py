@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch.distributed as dist
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.files import Progress, nothing
 
 T = TypeVar("T")
 
@@ -58,18 +59,20 @@ class Ranks:
         group: their process group; None for all processes, or for a process that runs alone.
         rank: index of this process among them.
         size: number of processes.
+        progress: called whenever this process gets further: with a step of all, a tensor, a piece of a file.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    progress: Progress = nothing
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+    def of(cls, group: dist.ProcessGroup | None, progress: Progress = nothing) -> Ranks:
         """The ranks of a group (None: all); one rank when torch.distributed is not initialised."""
         if not (dist.is_available() and dist.is_initialized()):
-            return cls(None, 0, 1)
-        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+            return cls(None, 0, 1, progress)
+        return cls(group, dist.get_rank(group), dist.get_world_size(group), progress)
 
     @property
     def is_first(self) -> bool:
@@ -84,11 +87,13 @@ class Ranks:
             RanksFailed: with every other exception that `step` raised anywhere.
         """
         own, error = self._attempt(step)
+        self.progress()
         return _settle(self._all_gather(own), error)
 
     def first(self, step: Callable[[], T]) -> T:
         """Take a step on the first rank alone and return what it came to, on every rank; raises as `each`."""
         own, error = self._attempt(step) if self.is_first else (_Outcome[T](), None)
+        self.progress()
         return _settle([self.of_one(0, own)], error)[0]
 
     def _attempt(self, step: Callable[[], T]) -> tuple[_Outcome[T], Exception | None]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.agreement import drifts, listing, not_finite
 from megatron.checkpoint.errors import SaveError
+from megatron.checkpoint.files import Progress, nothing
 from megatron.checkpoint.location import Location, location
 from megatron.checkpoint.parts import Stored
 from megatron.checkpoint.publish import Draft, Log, Retention, Written, publish
@@ -49,6 +50,7 @@ def save(
     verify: bool = False,
     group: dist.ProcessGroup | None = None,
     log: Log = print,
+    progress: Progress = nothing,
 ) -> Path:
     """Write a checkpoint of all ranks' tensors and make it the one to resume from. Called by all ranks of `group`.
 
@@ -67,6 +69,7 @@ def save(
             written. The ranks share the work; see `agreement` for the memory.
         group: the ranks that hold the state; None: all. A group on the CPU keeps its messages off the devices.
         log: called on the first rank with Megatron's messages.
+        progress: called on every rank whenever it gets further, for whoever watches that it does.
 
     Returns:
         The folder of the checkpoint.
@@ -74,7 +77,7 @@ def save(
     Raises:
         SaveError: on all ranks, if anything failed on any; earlier checkpoints are as they were.
     """
-    ranks = Ranks.of(group)
+    ranks = Ranks.of(group, progress)
 
     def write(folder: Location) -> Written:
         if verify:

@@ -11,11 +11,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.checkpoint.agreement import drifts, heal, listing
+from megatron.checkpoint.files import Progress, nothing
 from megatron.checkpoint.parts import Stored
 from megatron.checkpoint.pieces import copy_to_host
 from megatron.checkpoint.publish import Log
 from megatron.checkpoint.ranks import Ranks
 from megatron.checkpoint.save import TrainingState, save
+
+WRITER = "checkpoint-writer"
+"""Name of the thread that writes, of which a number is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +42,24 @@ class Saver:
         settings: how they are written.
         group: the ranks; None: all. In the background it must be one that nobody else uses, on the CPU.
         log: called on the first rank, also from the thread that writes.
+        progress: called on every rank whenever it gets further, also from that thread.
     """
 
     def __init__(
-        self, root: str | Path, settings: SaveSettings, *, group: dist.ProcessGroup | None = None, log: Log = print
+        self,
+        root: str | Path,
+        settings: SaveSettings,
+        *,
+        group: dist.ProcessGroup | None = None,
+        log: Log = print,
+        progress: Progress = nothing,
     ) -> None:
         self.root = root
         self._settings = settings
         self._group = group
-        self._ranks = Ranks.of(group)
-        self._log = log
-        self._thread = ThreadPoolExecutor(1, "checkpoint-writer") if settings.background else None
+        self._ranks = Ranks.of(group, progress)
+        self._log, self._progress = log, progress
+        self._thread = ThreadPoolExecutor(1, WRITER) if settings.background else None
         self._copies: dict[str, Stored] = {}
         self._pending: Future[None] | None = None
 
@@ -108,6 +119,7 @@ class Saver:
                 verify=s.verify,
                 group=self._group,
                 log=self._log,
+                progress=self._progress,
             )
         except Exception as error:
             if s.background:  # whoever waits for the thread may do so much later

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemRe
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
-from megatron.checkpoint.files import FileRecord, HashingFile
+from megatron.checkpoint.files import FileRecord, HashingFile, Progress
 from megatron.checkpoint.location import Location
 
 
@@ -53,15 +53,16 @@ class _Files(FileSystemBase):
 class HashedFiles(_Files):
     """Files that are hashed and synced as they are written; `records` tells of those that are finished."""
 
-    def __init__(self, folder: Location) -> None:
+    def __init__(self, folder: Location, progress: Progress) -> None:
         super().__init__(folder)
+        self._progress = progress
         self.records: dict[str, FileRecord] = {}
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Generator[Any]:
         if mode != "wb":
             raise ValueError(f"mode {mode!r}: this file system only writes")
-        file = HashingFile(path)
+        file = HashingFile(path, self._progress)
         try:
             yield file
             file.close()

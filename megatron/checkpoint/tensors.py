@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from megatron.checkpoint.files import Progress, nothing
 from megatron.checkpoint.location import Location
 from megatron.checkpoint.manifest import TensorRecord
 from megatron.checkpoint.parts import Parts, Stored
@@ -49,7 +50,7 @@ def write_tensors(folder: Location, tensors: Mapping[str, Stored], vocab_size: i
     Raises:
         RanksFailed: on all ranks, if anything failed on any.
     """
-    files = HashedFiles(folder)
+    files = HashedFiles(folder, ranks.progress)
     with _failures_on_all_ranks(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         metadata = save(
@@ -76,7 +77,7 @@ def read_tensors(folder: Location, into: Mapping[str, Stored], ranks: Ranks) -> 
         load(
             dict(into),
             storage_reader=Reader(folder),
-            planner=_LoadPlanner(),
+            planner=_LoadPlanner(ranks.progress),
             process_group=ranks.group,
             no_dist=ranks.size == 1,
         )
@@ -208,8 +209,9 @@ def _disagreement(plans: Sequence[SavePlan]) -> str | None:
 class _LoadPlanner(DefaultLoadPlanner):
     """Reads a vocabulary into a tensor with more rows: what is not stored becomes zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress = nothing) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._progress = progress
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -228,5 +230,6 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.is_coordinator = is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        self._progress()
         held = _held(self.state_dict, index)
         return super().lookup_tensor(index) if held is None else held

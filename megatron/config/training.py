@@ -14,7 +14,9 @@ class TrainingConfig:
 
     micro_batch_size: int = resolved("Samples that one rank computes at once.", minimum=1)
     global_batch_size: int = resolved(
-        "Samples of one step, over all ranks. Default: micro-batch size times data-parallel size.", minimum=1
+        "Samples of one step, over all ranks. Default: that of the checkpoint that a run goes on from, or micro-batch "
+        "size times data-parallel size.",
+        minimum=1,
     )
     rampup_batch_size: tuple[str, ...] | None = option(
         None, "Growing batch: first size, increment and number of samples over which it grows, in samples.", many="*"
@@ -84,8 +86,9 @@ class TrainingConfig:
     )
     hang_timeout: int | None = option(
         None,
-        "End all ranks, and say where each one is, when an iteration takes longer than this number of seconds. "
-        "Default: after the first iteration, --distributed-timeout-minutes or ten times the longest one.",
+        "End all ranks, and say where each one is, when none gets further for this number of seconds, with an "
+        "iteration, a step of an evaluation, or a checkpoint. Default: --distributed-timeout-minutes or ten times the "
+        "longest iteration; the first one has no limit.",
         minimum=1,
     )
     manual_gc: bool = option(False, "Collect Python garbage at fixed iterations instead of at any moment.")

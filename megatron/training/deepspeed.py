@@ -281,6 +281,7 @@ class DeepSpeedEngine:
             verify=source.verify,
             fallback=source.fallback,
             log=log,
+            progress=source.progress,
         )
         if loaded is None:
             return None

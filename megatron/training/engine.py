@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron.checkpoint import Loaded, Saver
+from megatron.checkpoint.files import nothing
 from megatron.data.batch import Batch
 from megatron.training.router_losses import RouterReport
 
@@ -58,6 +59,7 @@ class LoadSource:
     iteration: int | None = None
     verify: bool = True
     fallback: bool = True
+    progress: Callable[[], None] = nothing
 
 
 class Engine(Protocol):

@@ -6,11 +6,12 @@ import gc
 import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
+from megatron.checkpoint import WRITER
 from megatron.data.loader import DataIterators
 from megatron.training.anomalies import Anomaly, AnomalyWatch
 from megatron.training.engine import Engine, SaveTarget, StepResult, StepSettings
@@ -94,7 +95,7 @@ class Training:
     _left_out: set[int] = field(default_factory=set)
     """Iterations that a rollback leads around."""
     _rollbacks: int = 0
-    """Since the last checkpoint."""
+    """Since the last checkpoint that a step was trained for."""
 
     def train(self) -> Exit | None:
         """Train to the end of the run or until something ends it early; returns what did.
@@ -104,7 +105,11 @@ class Training:
             TrainingDivergedError: the run cannot or must not go on.
         """
         try:
-            with _garbage(self.settings.gc_interval), SignalFlag(self.exits.on_signal) as flag, self.watchdog:
+            with (
+                _garbage(self.settings.gc_interval),
+                SignalFlag(self.exits.on_signal) as flag,
+                self.watchdog.watched("training"),
+            ):
                 leaving = self._loop(flag)
         except TrainingDivergedError:
             self._finish_saving()
@@ -219,8 +224,8 @@ class Training:
             return None
         size = self.plan.final
         steps = evaluation_steps(stream, self.settings.eval_iters, size.microbatches)
-        with self.timers("eval-time"), self.watchdog.unwatched("evaluation"):
-            result = evaluate(self.engine, steps)
+        with self.timers("eval-time"), self.watchdog.watched("evaluation"):
+            result = evaluate(self.engine, self.watchdog.each(steps, "evaluation"))
         whole = self.settings.eval_iters < 0
         samples = stream.num_samples if whole else self.settings.eval_iters * size.samples
         if split == "validation":
@@ -244,15 +249,19 @@ class Training:
             **self.state.to_progress(),
             "opt_param_scheduler": schedule_state(self.schedule, self.state.schedule),
         }
-        with self.timers("save-checkpoint"), self.watchdog.unwatched("saving"):
+        with self.timers("save-checkpoint"), self._saving():
             self.engine.save(self.save_target, self.state.iteration, progress, self.run_record)
         self.saved_at = self.state.iteration
-        self._rollbacks = 0
+        if self.saved_at not in self._left_out:  # else nothing shows that the run can go on from here
+            self._rollbacks = 0
 
     def _finish_saving(self) -> None:
         if self.save_target is not None:
-            with self.watchdog.unwatched("saving"):
+            with self._saving():
                 self.save_target.saver.finish()
+
+    def _saving(self) -> AbstractContextManager[None]:
+        return self.watchdog.watched("saving", computes=False, helper=WRITER)
 
     def _paused(self, action: Callable[[], object]) -> None:
         """Do something that does not count as training time."""

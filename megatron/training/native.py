@@ -183,6 +183,7 @@ class NativeEngine:
             verify=source.verify,
             fallback=source.fallback,
             log=log,
+            progress=source.progress,
         )
         if loaded is not None:
             self._refresh()

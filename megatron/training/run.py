@@ -29,11 +29,12 @@ from megatron.training.observing import build_observer, build_probes
 from megatron.training.pretrained import check_export, export
 from megatron.training.report import dated
 from megatron.training.reporting import build_reporter
-from megatron.training.resume import effective, latest_of_run, resume
+from megatron.training.resume import continuing, latest_of_run, resume
 from megatron.training.safety import anomaly_rules, exit_rules, save_target, watchdog
 from megatron.training.setup import Session, start
 from megatron.training.timers import Timers
 from megatron.training.vocabulary import build_vocabulary
+from megatron.training.watchdog import Watchdog
 
 
 def run(config: RunConfig) -> None:
@@ -44,11 +45,16 @@ def run(config: RunConfig) -> None:
     """
     started = time.monotonic()
     session = start(config)
-    config = dataclasses.replace(config, checkpoint=effective(config.checkpoint))
     say = session.printers.rank0
+    config = continuing(config, os.environ, say)
     for line in dump.lines(config):
         say(line)
-    training = build_training(config, session, started)
+    with watchdog(config, session) as dog:
+        _run(config, session, build_training(config, session, started, dog))
+
+
+def _run(config: RunConfig, session: Session, training: Training) -> None:
+    say = session.printers.rank0
     say("done with setup ...")
     say(dated("before the start of training step", datetime.now()))
     leaving = None
@@ -68,7 +74,7 @@ def run(config: RunConfig) -> None:
         training.reporter.close()
 
 
-def build_training(config: RunConfig, session: Session, started: float) -> Training:
+def build_training(config: RunConfig, session: Session, started: float, dog: Watchdog) -> Training:
     """Everything a run needs, with the checkpoint of `--load` restored."""
     say = session.printers.rank0
     timers = Timers(
@@ -89,7 +95,7 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
     engine = build_engine(config, session, arch, probes)
     say(f" > number of parameters: {arch.num_parameters()} (whole model, without vocabulary padding)")
     with timers("load-checkpoint"):
-        resumed = resume(engine, lr_schedule(config), config.checkpoint, config.optimizer, say)
+        resumed = resume(engine, lr_schedule(config), config.checkpoint, config.optimizer, say, dog)
     record = run_record(config, session, arch)
     say("> building train, validation, and test datasets ...")
     data = build_data(config, session, tokenizer, plan, resumed.state, say)
@@ -98,7 +104,7 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
     def go_back() -> Restart | None:
         if config.checkpoint.save is None or not _has_saved(config.checkpoint.save):
             return None
-        again = resume(engine, lr_schedule(config), latest_of_run(config.checkpoint), config.optimizer, say)
+        again = resume(engine, lr_schedule(config), latest_of_run(config.checkpoint), config.optimizer, say, dog)
         return Restart(again.state, again.schedule, build_data(config, session, tokenizer, plan, again.state, say))
 
     return Training(
@@ -113,10 +119,10 @@ def build_training(config: RunConfig, session: Session, started: float) -> Train
         exits=exit_rules(config, started, os.environ),
         all_reduce_max=lambda value: _all_reduce_max(value, session.device),
         rank=session.groups.world.rank,
-        save_target=save_target(config, say),
+        save_target=save_target(config, say, dog.progress),
         go_back=go_back,
         anomalies=AnomalyWatch(anomaly_rules(config)),
-        watchdog=watchdog(config, session),
+        watchdog=dog,
         run_record=record,
         started=started,
         profile=build_observer(config, session, probes, resumed.state.iteration),

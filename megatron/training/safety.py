@@ -85,8 +85,8 @@ def watchdog(config: RunConfig, session: Session) -> Watchdog:
     )
 
 
-def save_target(config: RunConfig, say: Callable[[str], None]) -> SaveTarget | None:
-    """Where checkpoints go; None if the run is not saved. Called by all ranks."""
+def save_target(config: RunConfig, say: Callable[[str], None], progress: Callable[[], None]) -> SaveTarget | None:
+    """Where checkpoints go; None if the run is not saved. Called by all ranks; writing calls `progress`."""
     settings = config.checkpoint
     if settings.save is None:
         return None
@@ -102,6 +102,7 @@ def save_target(config: RunConfig, say: Callable[[str], None]) -> SaveTarget | N
         ),
         group=dist.new_group(backend="gloo", timeout=_timeout(config)) if background else None,
         log=say,
+        progress=progress,
     )
     return SaveTarget(saver=saver, optimizer=not settings.no_save_optim, heal=settings.heal_replica_drift)
 

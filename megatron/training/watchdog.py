@@ -2,8 +2,9 @@
 
 A rank that hangs leaves the others waiting for it in a collective, each with an error that names only itself, or none.
 A thread on every rank therefore tells the others through the rendezvous store, every few seconds, where its main thread
-is. When an iteration takes too long, every rank knows it by its own clock; the lowest rank that still answers prints
-where all of them are, first those that are not waiting for others, and all end with an error.
+is and since when. When a rank gets no further for too long, and no other rank does, the lowest one that still answers
+prints where all of them are, first those that are not waiting for others, and all end with an error. An iteration, a
+step of an evaluation, a tensor or a piece of a file that is read or written are what counts as getting further.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import thread as futures_thread
 from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 _SECONDS_BETWEEN_BEATS = 10.0
 _BEATS_PER_LIMIT = 5
@@ -43,19 +48,24 @@ class Beat:
     place: str
     waits: bool
     """The main thread is inside torch.distributed: it waits for other ranks."""
+    idle: float = 0.0
+    """Seconds since this rank got further."""
 
 
-def limit_of(asked: float | None, collectives: float, longest: float | None) -> float | None:
-    """Seconds that an iteration may take; None: there is no limit.
+def limit_of(asked: float | None, collectives: float, longest: float | None, *, computes: bool = True) -> float | None:
+    """Seconds within which a rank must get further; None: there is no limit.
 
     Args:
         asked: `--hang-timeout`.
         collectives: seconds after which a collective operation gives up.
-        longest: seconds of the longest iteration so far. The first may compile and has no limit of its own.
+        longest: seconds of the longest iteration so far.
+        computes: it is an iteration, of which the first may compile and has no limit of its own, and no file.
     """
     if asked is not None:
         return asked
-    return None if longest is None else max(collectives, _TIMES_THE_LONGEST * longest)
+    if computes and longest is None:
+        return None
+    return max(collectives, _TIMES_THE_LONGEST * (longest or 0.0))
 
 
 def describe(beats: Mapping[int, Beat | None], silent: frozenset[int]) -> list[str]:
@@ -84,6 +94,13 @@ def describe(beats: Mapping[int, Beat | None], silent: frozenset[int]) -> list[s
     ]
 
 
+def frame_of(thread: str) -> FrameType | None:
+    """Where a thread of this name, of a pool, is at work; None if it is not."""
+    own = next((one.ident for one in threading.enumerate() if one.name.startswith(thread)), None)
+    frame = None if own is None else sys._current_frames().get(own)
+    return None if frame is None or frame.f_code.co_filename == futures_thread.__file__ else frame
+
+
 def place_of(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is: its innermost function outside torch, and whether it is inside torch.distributed."""
     stack = traceback.extract_stack(frame) if frame is not None else traceback.StackSummary()
@@ -95,7 +112,7 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
 
 
 class Watchdog:
-    """Watches the main thread of this rank while used as a context.
+    """Watches the main thread of this rank, within `watched`, while used as a context.
 
     Args:
         rank, world_size: of this process.
@@ -113,16 +130,16 @@ class Watchdog:
         self._store = store.clone() if store is not None else None
         self._interval = min(_SECONDS_BETWEEN_BEATS, (asked or collectives) / _BEATS_PER_LIMIT)
         self._main = threading.main_thread().ident or 0
-        self._doing, self._since = "the beginning", time.monotonic()
+        self._doing, self._began = "the beginning", time.monotonic()
+        self._since = self._began
         self._longest: float | None = None
-        self._watching = False
+        self._watching, self._computes, self._helper = False, True, ""
         self._gave_up = False
         self._number = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._since, self._watching = time.monotonic(), True
         self._beat()
         self._thread.start()
         return self
@@ -138,47 +155,73 @@ class Watchdog:
         self._thread.join()
 
     def begin(self, doing: str) -> None:
-        """The main thread made progress and begins something."""
-        self._doing, self._since = doing, time.monotonic()
+        """This rank got further and begins something."""
+        self._doing, self._began = doing, time.monotonic()
+        self._since = self._began
+
+    def progress(self) -> None:
+        """This rank got further with what it is at; any of its threads may say so."""
+        self._since = time.monotonic()
 
     def end_of_iteration(self) -> None:
         """What was begun is an iteration, and over."""
-        self._longest = max(self._longest or 0.0, time.monotonic() - self._since)
+        self._longest = max(self._longest or 0.0, time.monotonic() - self._began)
+
+    def each(self, steps: Iterable[T], doing: str) -> Generator[T]:
+        """Pass on the steps of something that computes; each is watched like an iteration."""
+        for number, step in enumerate(steps, start=1):
+            self.begin(f"{doing}, step {number}")
+            yield step
+            self.end_of_iteration()
 
     @contextlib.contextmanager
-    def unwatched(self, doing: str) -> Generator[None]:
-        """Something that takes as long as it takes, such as writing a checkpoint; its collectives have time limits."""
+    def watched(self, doing: str, *, computes: bool = True, helper: str = "") -> Generator[None]:
+        """Watch this rank while it does something, possibly in the middle of something else that is watched.
+
+        Args:
+            doing: what it is.
+            computes: see `limit_of`.
+            helper: name of a thread that the main thread may wait for; then the place is that thread's.
+        """
+        before = self._watching, self._computes, self._helper
         self.begin(doing)
-        self._watching = False
-        try:
-            yield
-        finally:
-            self.begin("what follows")
-            self._watching = True
+        self._watching, self._computes, self._helper = True, computes, helper
+        yield
+        # Not after an error, which is told with what was being done.
+        self._watching, self._computes, self._helper = before
+        self.begin(f"what follows {doing}")
 
     def _run(self) -> None:
         while not self._done.wait(self._interval):
             self._beat()
-            limit = limit_of(self._asked, self._collectives, self._longest)
+            limit = limit_of(self._asked, self._collectives, self._longest, computes=self._computes)
             seconds = time.monotonic() - self._since
-            if self._watching and limit is not None and seconds > limit:
-                self._say(f"{self._doing} has taken {seconds:.0f} s, longer than {limit:.0f} s (--hang-timeout)")
+            if not self._watching or limit is None or seconds <= limit:
+                continue
+            what = f"{self._doing} has got no further for {seconds:.0f} s, longer than {limit:.0f} s (--hang-timeout)"
+            if self._say(what, limit):
                 sys.stderr.flush()
                 os._exit(_EXIT_CODE)
 
     def _beat(self) -> Beat:
-        place, waits = place_of(sys._current_frames().get(self._main))
+        helping = frame_of(self._helper) if self._helper else None
+        place, waits = place_of(helping or sys._current_frames().get(self._main))
         if self._gave_up:
             place, waits = "a collective operation that it gave up", True
         self._number += 1
-        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, place, waits)
+        idle = time.monotonic() - self._since
+        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, place, waits, idle)
         if self._store is not None:
             with contextlib.suppress(RuntimeError):  # whoever keeps the store has gone; `_read` tells
                 self._store.set(_key(self._rank), json.dumps(asdict(beat)))
         return beat
 
-    def _say(self, what: str) -> None:
-        """Find out who still answers; the lowest such rank prints where all are."""
+    def _say(self, what: str, limit: float = 0.0) -> bool:
+        """Find out who still answers; the lowest such rank prints where all are.
+
+        Returns:
+            False, and nothing is printed, if a rank got further within the last `limit` seconds.
+        """
         error = f"[rank {self._rank}] error: {what}."
         before, own = self._read(), self._beat()
         for _ in range(_BEATS_TO_ANSWER):
@@ -187,14 +230,17 @@ class Watchdog:
         after = self._read()
         if before is None or after is None:
             sys.stderr.write(f"{error} The store that ranks meet at is gone. This one is in {own.place}\n")
-            return
+            return True
         silent = frozenset(rank for rank, beat in after.items() if beat is None or beat == before[rank])
+        if any(beat.idle < limit for rank, beat in after.items() if beat is not None and rank not in silent):
+            return False
         if self._rank == min(after.keys() - silent):
             lines = "\n".join(describe(after, silent))
             sys.stderr.write(f"{error} Where the ranks are:\n{lines}\n")
-            return
+            return True
         # A launcher ends all ranks when the first one leaves: let the other one speak.
         time.sleep(_BEATS_TO_ANSWER * self._interval)
+        return True
 
     def _read(self) -> dict[int, Beat | None] | None:
         """The last beat of each rank; None if the store cannot be read."""

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 _HARMLESS = {"cat", "cd", "deepspeed", "echo", "export", "git", "head", "ls", "pip", "source", "tail", "tensorboard"}
 _PYTHONS = {"python", "python3"}
-_TAKES_VALUE = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+_TAKES_VALUE = {
+    *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+    *("--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
+}
 
 
 @dataclass(frozen=True)

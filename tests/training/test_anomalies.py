@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from megatron.data.indexed_writer import IndexedDatasetWriter
 from megatron.training.anomalies import AnomalyRules, AnomalyWatch
 from megatron.training.engine import StepResult
 from megatron.training.metrics import read_metrics
-from tests.parity import MODEL, TRAINING, train
+from tests.parity import FLOAT32_TOLERANCE, MODEL, TRAINING, difference, in_turn, train
 from tests.support import run_ranks
 
 
@@ -100,6 +101,42 @@ def test_a_spike_is_trained_on_left_out_or_gone_back_from(tmp_path: Path) -> Non
     assert again[bad + 2] == skip[bad + 1][1]
     with pytest.raises(AssertionError, match=f"iteration {bad + 1}: the loss of .* is above 20 x .*last checkpoint is"):
         _run(folders[3], "--on-loss-spike", "stop", *_SPIKES, "--save", str(tmp_path / "other"), "--save-interval", "4")
+
+
+_PIPELINE = ("--pipeline-model-parallel-size", "2", "--pipeline-schedule", "1f1b")
+_ON_TWO_RANKS = {
+    "skip": (*_PIPELINE, "--on-loss-spike", "skip"),
+    "pipeline": (*_PIPELINE, "--on-loss-spike", "rollback"),
+    "DeepSpeed's pipeline": (*_PIPELINE, "--deepspeed", "--zero-stage", "1", "--on-loss-spike", "rollback"),
+    "DeepSpeed": ("--deepspeed", "--zero-stage", "2", "--on-loss-spike", "rollback"),
+    # From the checkpoint before the spike on with such a rate that each step after the first one is not finite.
+    "never finite": (*_PIPELINE, "--on-nan", "rollback", "--lr", "1e38", "--override-opt-param-scheduler"),
+}
+
+
+@pytest.mark.slow
+def test_pipelines_and_deepspeed_go_back_as_one_process_does(tmp_path: Path) -> None:
+    shared = (*MODEL, *TRAINING, *_LEARNS, *_corpus(tmp_path), "--global-batch-size", "2", "--train-iters", "16")
+    spikes, metrics = ("--loss-spike-factor", "4", "--loss-spike-window", "5"), {}
+    runs = []
+    for name, flags in _ON_TWO_RANKS.items():
+        metrics[name] = tmp_path / f"{name}.jsonl"
+        last = name == "never finite"
+        saving = ("--save", str(tmp_path / ("skip" if last else name)), "--save-interval", "4", "--auto-resume")
+        words = ("--log-json", str(metrics[name]), *saving, *(("--train-iters", "40") if last else spikes))
+        runs.append([*shared, *flags, *words])
+    ends = run_ranks(2, in_turn, runs, init=False)[0]
+    assert ends[:-1] == [""] * 4
+    assert re.search(r" is nan; the last checkpoint is of .* and the run has gone back 5 times since", ends[-1])
+    records = {n: [r for r in read_metrics(path) if r["kind"] == "train"] for n, path in metrics.items()}
+    skipping = {r["iteration"]: r["lm_loss"] for r in records["skip"] if not r["skipped_iterations"]}
+    assert 5 < len(skipping) < 16
+    for name in ("pipeline", "DeepSpeed's pipeline", "DeepSpeed"):
+        assert len(records[name]) > len(skipping)  # some iterations were trained twice
+        found = {r["iteration"]: r["lm_loss"] for r in records[name]}
+        assert sorted(found) == sorted(skipping)
+        losses = [[loss[i] for i in sorted(skipping)] for loss in (found, skipping)]
+        assert difference(*losses) <= (0.0 if name == "pipeline" else FLOAT32_TOLERANCE), name
 
 
 @pytest.mark.slow

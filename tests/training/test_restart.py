@@ -8,7 +8,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from megatron.launch.command import Job, torchrun
 from megatron.training.metrics import read_metrics
 from tests.checkpoint.kills import kill
 from tests.checkpoint.test_damaged import KINDS, flip_bit
-from tests.parity import MODEL, TRAINING, train
+from tests.parity import FLOAT32_TOLERANCE, MODEL, TRAINING, difference, in_turn, train
 from tests.support import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -49,18 +48,6 @@ def _resumed_at(folder: Path) -> int:
     return [r["iteration"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "start"][-1]
 
 
-def _in_turn(runs: Sequence[Sequence[str]]) -> list[str]:
-    """What each run ends with; in one process."""
-    ends = []
-    for words in runs:
-        try:
-            train(words)
-            ends.append("")
-        except ValueError as error:
-            ends.append(f"{type(error).__name__}: {error}")
-    return ends
-
-
 @pytest.mark.slow
 def test_a_flipped_bit_costs_one_checkpoint_and_no_run(tmp_path: Path) -> None:
     first = tmp_path / "first"
@@ -75,7 +62,7 @@ def test_a_flipped_bit_costs_one_checkpoint_and_no_run(tmp_path: Path) -> None:
     refusing = tmp_path / "refusing"
     shutil.copytree(folders[0], refusing)
     runs = [*(_words(folder) for folder in folders), _words(refusing, "--no-load-fallback")]
-    [ends] = run_ranks(1, _in_turn, runs, init=False)
+    [ends] = run_ranks(1, in_turn, runs, init=False)
     assert ends[:-1] == [""] * len(folders)
     assert ends[-1].startswith("CorruptCheckpoint: ") and "__0_0.distcp: contents have changed" in ends[-1]
     for kind, folder in zip((*KINDS, TRACKER), folders, strict=True):
@@ -120,13 +107,21 @@ def test_killed_ranks_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fewer_processes_go_on_from_what_more_have_saved(tmp_path: Path) -> None:
-    words = _words(tmp_path, "--exit-interval", "4")
-    run_ranks(2, train, words, init=False)
-    assert list(list_checkpoints(tmp_path / "saved")) == [2, 4]
-    run_ranks(1, train, _words(tmp_path), init=False)
-    assert _resumed_at(tmp_path) == 4
-    assert sorted(_losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+def test_fewer_processes_go_on_with_the_batch_of_what_more_have_saved(tmp_path: Path) -> None:
+    def words(folder: str, *flags: str) -> list[str]:
+        given = _words(tmp_path / folder, *flags)
+        at = given.index("--global-batch-size")
+        return given[:at] + given[at + 2 :]
+
+    whole, parts = words("whole"), words("parts", "--exit-interval", "4")
+    assert run_ranks(2, in_turn, [whole, parts], init=False) == [["", ""]] * 2
+    assert list(list_checkpoints(tmp_path / "parts" / "saved")) == [2, 4]
+    [[refused, done]] = run_ranks(1, in_turn, [words("parts", "--micro-batch-size", "3"), words("parts")], init=False)
+    assert refused.startswith("CheckpointError: ") and "--global-batch-size 4: must be a multiple of 3" in refused
+    assert (done, _resumed_at(tmp_path / "parts")) == ("", 4)
+    found, expected = _losses(tmp_path / "parts"), _losses(tmp_path / "whole")
+    assert list(found) == list(expected)
+    assert difference(list(found.values()), list(expected.values())) <= FLOAT32_TOLERANCE
 
 
 _TENSOR = ("--tensor-model-parallel-size", "2")
