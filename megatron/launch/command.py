@@ -115,7 +115,8 @@ def _rendezvous(job: Job) -> list[str]:
 
 def _torchrun(job: Job, where: list[str]) -> list[str]:
     # Without `--`, torchrun takes flags of the trainer for abbreviations of its own.
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.processes)]
+    program = "megatron.launch.node" if "--rdzv-endpoint" in where else "torch.distributed.run"
+    command = [sys.executable, "-m", program, *where, "--nproc-per-node", str(job.processes)]
     if job.max_restarts:
         command += ["--max-restarts", str(job.max_restarts)]
     if job.timeout is not None:

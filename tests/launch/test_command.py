@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from megatron.launch.command import BUILDERS, Job, deepspeed, mpirun, srun, torchrun
+from megatron.launch.node import with_role
 
 _SCRIPT = ("train.py", "--lr", "1")
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -77,9 +79,18 @@ def test_words_arrive_at_other_nodes_as_they_are():
 def test_one_torchrun_per_node_meets_at_the_first(builder):
     command = builder(_many(job_id="77"))
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:1234", "--rdzv-id", "77"]
-    assert command[command.index(sys.executable) :] == [
-        *_TORCHRUN, "--nnodes", "2", *meeting, "--nproc-per-node", "2", "--", *_SCRIPT
-    ]  # fmt: skip
+    words = ["--nnodes", "2", *meeting, "--nproc-per-node", "2", "--", *_SCRIPT]
+    assert command[command.index(sys.executable) :] == [sys.executable, "-m", "megatron.launch.node", *words]
+
+
+def test_the_node_that_the_meeting_point_lies_on_serves_it():
+    words = ["--nnodes", "2", "--rdzv-endpoint", "n1:1234", "--rdzv-conf", "timeout=9", "--", "x.py", "--rdzv-conf"]
+    asked: list[str] = []
+    first = get_args_parser().parse_args(with_role(words, lambda host: not asked.append(host)))
+    assert (first.rdzv_endpoint, first.rdzv_conf, asked) == ("n1:1234", "timeout=9,is_host=True", ["n1"])
+    assert first.training_script_args == ["--rdzv-conf"]
+    other = get_args_parser().parse_args(with_role([*words[:4], "--", "x.py"], lambda host: False))
+    assert other.rdzv_conf == "is_host=False"
 
 
 def test_srun_starts_one_task_per_node():

@@ -144,7 +144,14 @@ class Run:
 
 
 def launch(
-    script: Script, folder: Path, layout: str, *, device: Device | None, root: Path = ROOT, **variables: str
+    script: Script,
+    folder: Path,
+    layout: str,
+    *,
+    device: Device | None,
+    root: Path = ROOT,
+    before: Sequence[str] = (),
+    **variables: str,
 ) -> Run:
     """Run a script.
 
@@ -154,6 +161,7 @@ def launch(
         layout: one of the script's.
         device: simulated device to find; None = run on the CPU.
         root: the repository, or a copy of it.
+        before: words of another program that starts the script.
         variables: further ones.
 
     Raises:
@@ -170,7 +178,7 @@ def launch(
     }
     metrics = folder / "metrics.jsonl"
     done = subprocess.run(
-        ["bash", script.path, *script.flags, "--log-json", str(metrics)],
+        [*before, "bash", script.path, *script.flags, "--log-json", str(metrics)],
         cwd=root,
         env=environ,
         stdin=subprocess.DEVNULL,
