@@ -169,7 +169,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_files(
     packed = tmp_path / "p.jsonl.gz"
     packed.write_bytes(gzip.compress(trained[0].read_bytes(), 1))
     command = [
-        *(sys.executable, str(TOOL), "--input", str(trained[0]), str(packed), str(trained[0])),
+        *(sys.executable, str(TOOL), "--input", str(trained[0]), str(packed)),
         *("--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(trained[1]), "--tokenizer-engine", "own"),
         *("--workers", str(workers), "--resume-interval", "0"),
     ]

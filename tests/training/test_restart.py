@@ -75,15 +75,15 @@ def test_a_flipped_bit_costs_one_checkpoint_and_no_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    run_ranks(2, train, _words(undisturbed, iterations=400, interval=5), init=False, timeout=_SECONDS)
-    script = ("pretrain_gpt.py", *_words(disturbed, "--async-save", "--keep-last", "2", iterations=400, interval=5))
+    run_ranks(2, train, _words(undisturbed, iterations=120, interval=5), init=False, timeout=_SECONDS)
+    script = ("pretrain_gpt.py", *_words(disturbed, "--async-save", "--keep-last", "2", iterations=120, interval=5))
     command = torchrun(Job(script=script, processes=2, exports={}, max_restarts=1))
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         _wait_for(disturbed / "saved" / TRACKER)
         os.kill(max(_children(process.pid)), signal.SIGKILL)
         _, said = process.communicate(timeout=_SECONDS)
     assert process.returncode == 0, said
-    assert 5 <= _resumed_at(disturbed) < 400
+    assert 5 <= _resumed_at(disturbed) < 120
     assert _losses(disturbed) == _losses(undisturbed)
 
 

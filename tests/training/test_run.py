@@ -69,16 +69,8 @@ def test_an_interval_to_leave_after_does_not_end_a_run_that_has_just_begun_again
 
 @pytest.mark.slow
 def test_whole_validation_set_once_with_its_last_batch_filled_up(tmp_path: Path) -> None:
-    flags = (
-        "--eval-iters",
-        "-1",
-        "--eval-interval",
-        "100",
-        "--seq-length",
-        "4096",
-        "--max-position-embeddings",
-        "4096",
-    )
+    length = ("--seq-length", "512", "--max-position-embeddings", "512")
+    flags = ("--eval-iters", "-1", "--eval-interval", "100", *length)
     small = ("--num-layers", "1", "--hidden-size", "16", "--num-attention-heads", "2", "--num-key-value-heads", "2")
     data = _small_corpus(tmp_path)
     one = _train(tmp_path / "1", *flags, *small, *data, iterations=1)
@@ -96,7 +88,7 @@ def _small_corpus(folder: Path) -> tuple[str, ...]:
     draw = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "corpus", np.uint16) as writer:
         for _ in range(30):
-            writer.add_document(draw.integers(0, 100, 5000, dtype=np.uint16))
+            writer.add_document(draw.integers(0, 100, 600, dtype=np.uint16))
     return ("--data-path", str(folder / "corpus"), "--split", "60,20,20", "--tokenizer-type", "NullTokenizer")
 
 
