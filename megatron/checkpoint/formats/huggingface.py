@@ -61,19 +61,44 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
     assets = assets_in(folder)
     config = read_json(options.config or folder / CONFIG)
     arch = architecture_in(config, folder)
-    stored = _open(folder)
+    weights = from_state_dict(_open(folder), arch, folder)
+    return check(StoredModel(arch=arch, weights=weights, assets=assets), folder)
+
+
+def from_state_dict(stored: LazyTensors, arch: Architecture, where: Path) -> LazyTensors:
+    """Logical tensors out of those of a model of transformers.
+
+    Args:
+        stored: may lack the leading "transformer." in their names.
+        arch: of the model.
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointMismatch: tensors are missing or left over.
+    """
     try:
         names = stored_names(stored.records, arch)
     except ValueError as error:
-        raise CheckpointMismatch(f"{folder}: {error}") from error
+        raise CheckpointMismatch(f"{where}: {error}") from error
     theirs = LazyTensors(
         {full: stored.records[name] for full, name in names.items()}, lambda full: stored.read(names[full])
     )
     fused = is_fused(names)
     weights = split_view(theirs, entries(arch, fused=fused))
-    if not fused:
-        weights = stack_view(weights, stacks(arch))
-    return check(StoredModel(arch=arch, weights=weights, assets=assets), folder)
+    return weights if fused else stack_view(weights, stacks(arch))
+
+
+def to_state_dict(weights: LazyTensors, arch: Architecture) -> LazyTensors:
+    """The tensors of a model of transformers, as in its files, out of logical ones.
+
+    Raises:
+        CheckpointError: no supported family computes this architecture.
+    """
+    try:
+        table = entries(arch)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return join_view(unstack_view(weights, stacks(arch)), table)
 
 
 def architecture_in(config: Mapping[str, Any], where: Path) -> Architecture:
@@ -168,11 +193,7 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
         CheckpointError: no supported family computes this architecture, or `folder` is there already.
     """
     arch = unpadded(model.arch)
-    try:
-        table = entries(arch)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    tensors = cast_view(join_view(unstack_view(model.weights, stacks(arch)), table), options.dtype)
+    tensors = cast_view(to_state_dict(model.weights, arch), options.dtype)
     with new_folder(folder) as temporary:
         model.assets.copy_to(temporary)
         config = _config(model, arch, next(iter(tensors.records.values())).dtype)

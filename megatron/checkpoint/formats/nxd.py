@@ -1,62 +1,49 @@
-"""Checkpoints of NeuronX Distributed (NxD), for its LLaMA models.
+"""Checkpoints of NeuronX Distributed (NxD).
 
     checkpoint, done                                            marks of a complete checkpoint
     model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt                   weights of one rank, under Hugging Face's names
     model/....pt.tensors/tensor_N.pt                            with "xser": one file per tensor
 
-or one file `checkpoint.pt` with the whole model ("full state"). How attention is stored is in `nxd_attention`.
+or one file `checkpoint.pt` with the whole model as Hugging Face has it ("full state"). Names and cuts are in
+`nxd_tables`, how attention is stored is in `nxd_attention`. With expert parallelism (read only) there is a file per
+expert-parallel rank too, ep_rank_EE, of which the first has what is no expert.
 Stages that cannot have the same number of layers: the last ones have one more.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.files import write_synced
 from megatron.checkpoint.formats.assets import FOLDER, assets_beside, assets_in
-from megatron.checkpoint.formats.lazy import (
-    LazyTensors,
-    cast_view,
-    in_memory,
-    join_view,
-    meta,
-    record_of,
-    rows_view,
-    split_view,
-)
+from megatron.checkpoint.formats.huggingface import from_state_dict, to_state_dict
+from megatron.checkpoint.formats.lazy import LazyTensors, cast_view, in_memory, meta, record_of, rows_view
 from megatron.checkpoint.formats.merge import check_heads
 from megatron.checkpoint.formats.model import VOCABULARY, StoredModel, check, parameter_shapes, unpadded
-from megatron.checkpoint.formats.nxd_attention import (
-    KvLayout,
-    Shared,
-    found_attention,
-    layout_for,
-    plain,
-    shared_attention,
-    stacked,
-)
-from megatron.checkpoint.formats.options import ReadOptions, Style, WriteOptions, described_architecture, new_folder
-from megatron.checkpoint.formats.parts import Split
+from megatron.checkpoint.formats.nxd_attention import found_attention, layout_for
+from megatron.checkpoint.formats.nxd_shared import Shared
+from megatron.checkpoint.formats.nxd_tables import EXPERTS, fused_table, fuses, plain_table
+from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, described_architecture, new_folder
 from megatron.checkpoint.formats.torch_read import Inert, flatten, load_torch
 from megatron.checkpoint.formats.torch_write import Slot, TorchFile
 from megatron.checkpoint.manifest import TensorRecord
 from megatron.config.architecture import Architecture
-from megatron.model.hf import entries, stored_names
-from megatron.model.hf_config import family_of
 
 FULL = "full"
 _FULL_FILE = "checkpoint.pt"
-_RANK = re.compile(r"(?:dp_rank_00_)?(?:ep_rank_00_)?tp_rank_(\d+)_pp_rank_(\d+)(?:\.pt)?")
-_FAMILIES = ("llama", "mistral")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_RANK = re.compile(r"(?:dp_rank_00_)?(?:ep_rank_(\d+)_)?tp_rank_(\d+)_pp_rank_(\d+)(?:\.pt)?")
+_LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
+_AT_THE_START = ("model.embed_tokens.", "transformer.word_embeddings", "transformer.wte.", "transformer.wpe.")
 _SHOWN = 5
 
 
@@ -78,29 +65,15 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
 def _read_full(file: Path, arch: Architecture) -> LazyTensors:
     state = load_torch(file)
     stored = in_memory(flatten(state.get("model", state) if isinstance(state, Mapping) else state))
-    try:
-        names = stored_names(stored.records, arch)
-    except ValueError as error:
-        raise CheckpointMismatch(f"{file}: {error}") from error
-    whole = LazyTensors(
-        {name: stored.records[there] for name, there in names.items()}, lambda name: stored.read(names[name])
-    )
-    return split_view(whole, entries(arch))
+    return from_state_dict(stored, arch, file)
 
 
 def _read_ranks(folder: Path, arch: Architecture, options: ReadOptions) -> LazyTensors:
-    ranks = [in_memory(tensors) for tensors in _rank_tensors(folder)]
+    ranks = _rank_tensors(folder)
     for rank, tensors in enumerate(ranks):
         if odd := sorted(tensors.records.keys() ^ ranks[0].records.keys()):
             raise CorruptCheckpoint(f"{folder}: tensor-parallel ranks 0 and {rank} differ in {', '.join(odd[:_SHOWN])}")
-    prefix = "model.layers.0.self_attn."
-    stored = {
-        name.removeprefix(prefix): [tensors.read(name) for tensors in ranks]
-        for name in ranks[0].records
-        if name.startswith(prefix)
-    }
-    style, layout = found_attention(stored, arch, query_tiled=options.query_tiled)
-    table = _table(arch, style, layout)
+    table = _found_table(ranks, arch, options)
     expected = {shared.name for shared in table}
     found = {name for name in ranks[0].records if not name.endswith("rotary_emb.inv_freq")}
     if arch.tied_embeddings:
@@ -110,28 +83,74 @@ def _read_ranks(folder: Path, arch: Architecture, options: ReadOptions) -> LazyT
     return _logical(ranks, table, arch)
 
 
-def _rank_tensors(folder: Path) -> list[dict[str, Tensor]]:
+def _found_table(ranks: Sequence[LazyTensors], arch: Architecture, options: ReadOptions) -> list[Shared]:
+    """All tensors of the model; how attention is stored shows in the first layer."""
+    if not fuses(arch):
+        return plain_table(arch)
+    prefix = "model.layers.0.self_attn."
+    stored = {
+        name.removeprefix(prefix): [tensors.read(name) for tensors in ranks]
+        for name in ranks[0].records
+        if name.startswith(prefix)
+    }
+    return fused_table(arch, *found_attention(stored, arch, query_tiled=options.query_tiled))
+
+
+def _rank_tensors(folder: Path) -> list[LazyTensors]:
     """All tensors of each tensor-parallel rank.
 
     Raises:
         CorruptCheckpoint: files are missing.
     """
     inner = folder / "model" if (folder / "model").is_dir() else folder
-    files: dict[tuple[int, int], Path] = {}
+    files: dict[tuple[int, int, int], Path] = {}
     for path in inner.iterdir():
         if match := _RANK.fullmatch(path.name):
-            files[int(match[1]), int(match[2])] = path if path.is_file() else path / _FULL_FILE
-    ranks, stages = (1 + max((key[at] for key in files), default=-1) for at in range(2))
-    for rank in range(ranks):
-        for stage in range(stages):
-            if (rank, stage) not in files:
-                raise CorruptCheckpoint(f"{inner}: the file of tp_rank_{rank:02d}_pp_rank_{stage:02d} is missing")
+            place = int(match[1] or 0), int(match[2]), int(match[3])
+            files[place] = path if path.is_file() else path / _FULL_FILE
     if not files:
         raise CheckpointMismatch(f"{folder} has no files of ranks such as model/dp_rank_00_tp_rank_00_pp_rank_00.pt")
+    sizes = [1 + max(place[at] for place in files) for at in range(3)]
+    for expert, rank, stage in product(*map(range, sizes)):
+        if (expert, rank, stage) not in files:
+            of_experts = f"ep_rank_{expert:02d}_" if sizes[0] > 1 else ""
+            name = f"{of_experts}tp_rank_{rank:02d}_pp_rank_{stage:02d}"
+            raise CorruptCheckpoint(f"{inner}: the file of {name} is missing")
     return [
-        {name: tensor for stage in range(stages) for name, tensor in _file_tensors(files[rank, stage]).items()}
-        for rank in range(ranks)
+        _with_all_experts(
+            [_stages_tensors([files[e, rank, stage] for stage in range(sizes[2])]) for e in range(sizes[0])]
+        )
+        for rank in range(sizes[1])
     ]
+
+
+def _stages_tensors(files: Iterable[Path]) -> LazyTensors:
+    return in_memory({name: tensor for file in files for name, tensor in _file_tensors(file).items()})
+
+
+def _with_all_experts(parts: Sequence[LazyTensors]) -> LazyTensors:
+    """The tensors of the first expert-parallel rank, those of experts joined with the others'.
+
+    Raises:
+        CorruptCheckpoint: a rank lacks a tensor of experts.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    experts = {name for name in first.records if EXPERTS in name}
+    for rank, part in enumerate(parts):
+        if absent := sorted(experts - part.records.keys()):
+            raise CorruptCheckpoint(f"expert-parallel rank {rank} lacks {', '.join(absent[:_SHOWN])}")
+    counts = {name: sum(part.records[name].shape[0] for part in parts) for name in experts}
+    records = {
+        name: replace(record, shape=(counts[name], *record.shape[1:])) if name in experts else record
+        for name, record in first.records.items()
+    }
+
+    def read_one(name: str) -> Tensor:
+        return torch.cat([part.read(name) for part in parts]) if name in experts else first.read(name)
+
+    return LazyTensors(records, read_one)
 
 
 def _file_tensors(path: Path) -> dict[str, Tensor]:
@@ -147,25 +166,6 @@ def _referenced(value: Any, folder: Path) -> Any:
     """The tensor that a reference stands for ("xser")."""
     number = getattr(value, "tid", None) if isinstance(value, Inert) else None
     return value if number is None else load_torch(folder / f"tensor_{number}.pt")
-
-
-def _table(arch: Architecture, style: Style, layout: KvLayout) -> list[Shared]:
-    """All tensors of the model, in the order of the layers."""
-    rows = Split(0)
-    table = [plain("model.embed_tokens.weight", "embedding.word.weight", rows)]
-    for layer in range(arch.num_layers):
-        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
-        table += [
-            plain(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", None),
-            *shared_attention(f"{theirs}self_attn.", f"{ours}attention.", style, layout, arch),
-            plain(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.weight", None),
-            stacked(f"{theirs}mlp.gate_up_proj.weight", (f"{ours}mlp.gate.weight", f"{ours}mlp.up.weight")),
-            plain(f"{theirs}mlp.down_proj.weight", f"{ours}mlp.down.weight", Split(1)),
-        ]
-    table.append(plain("model.norm.weight", "final_norm.weight", None))
-    if not arch.tied_embeddings:
-        table.append(plain("lm_head.weight", "head.weight", rows))
-    return table
 
 
 def _logical(ranks: Sequence[LazyTensors], table: Sequence[Shared], arch: Architecture) -> LazyTensors:
@@ -194,14 +194,13 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     """Write the weights of `options.tp` times `options.pp` ranks; with the dialect "full" one file with all of them.
 
     Raises:
-        CheckpointError: the model is no LLaMA, cannot be divided so, or `folder` is there already.
+        CheckpointError: there is no rule for the model, it cannot be divided so, or `folder` is there already.
     """
     arch = unpadded(model.arch)
-    _check_family(arch)
     weights = cast_view(model.weights, options.dtype)
     with new_folder(folder) as temporary:
         if options.dialect == FULL:
-            whole = join_view(weights, entries(arch))
+            whole = to_state_dict(weights, arch)
             tree = {name: Slot(name, record) for name, record in whole.records.items()}
             with TorchFile(temporary / _FULL_FILE, tree) as file:
                 for name in tree:
@@ -212,19 +211,20 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
             model.assets.copy_to(temporary / FOLDER)
 
 
-def _check_family(arch: Architecture) -> None:
-    try:
-        family = family_of(arch)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    if family not in _FAMILIES or arch.linear_bias:
-        raise CheckpointError(
-            f"the LLaMA models of NeuronX Distributed do not compute this model (family {family}"
-            f"{', with biases' if arch.linear_bias else ''})"
-        )
+def _table_to_write(arch: Architecture, options: WriteOptions) -> list[Shared]:
+    """All tensors of the model.
 
-
-def _write_ranks(weights: LazyTensors, arch: Architecture, folder: Path, options: WriteOptions) -> None:
+    Raises:
+        CheckpointError: there is no rule for them, or heads cannot be shared out so.
+    """
+    if not fuses(arch):
+        if options.attention is not None:
+            raise CheckpointError(
+                f"--attention {options.attention}: query, key and value of this model are one tensor, as Hugging Face "
+                "has it; leave it out"
+            )
+        check_heads(arch, options.tp)
+        return plain_table(arch)
     check_heads(arch, options.tp)
     plain_heads = arch.num_heads == arch.num_kv_heads
     style = options.attention or ("coalesced" if plain_heads else "grouped")
@@ -238,6 +238,11 @@ def _write_ranks(weights: LazyTensors, arch: Architecture, folder: Path, options
             "query, key and value have different sizes here, so they cannot be coalesced in one tensor"
         )
     layout = layout_for(arch, options.tp, options.kv_size_multiplier, tiled=options.kv_tiled)
+    return fused_table(arch, style, layout)
+
+
+def _write_ranks(weights: LazyTensors, arch: Architecture, folder: Path, options: WriteOptions) -> None:
+    table = _table_to_write(arch, options)
     rows = -(-arch.vocab_size // options.tp) * options.tp
     if rows != arch.vocab_size:
         options.log(
@@ -245,7 +250,6 @@ def _write_ranks(weights: LazyTensors, arch: Architecture, folder: Path, options
             "config.json of the run, as NeuronX Distributed does not pad"
         )
     padded = rows_view(weights, {name: rows for name in VOCABULARY if name in weights.records})
-    table = _table(arch, style, layout)
     (folder / "model").mkdir()
     write_synced(folder / "checkpoint", b"1")
     for stage, layers in enumerate(_stages(arch.num_layers, options.pp)):
@@ -269,7 +273,7 @@ def _stage_has(name: str, layers: range, num_layers: int) -> bool:
     match = _LAYER.match(name)
     if match:
         return int(match[1]) in layers
-    return layers.start == 0 if name == "model.embed_tokens.weight" else layers.stop == num_layers
+    return layers.start == 0 if name.startswith(_AT_THE_START) else layers.stop == num_layers
 
 
 def _write_stage(paths: Sequence[Path], weights: LazyTensors, table: Sequence[Shared]) -> None:

@@ -17,15 +17,16 @@ Legend: h=hidden, n=query heads, g=kv heads, d=head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError, CorruptCheckpoint
+from megatron.checkpoint.formats.nxd_shared import Shared, plain, stacked
 from megatron.checkpoint.formats.options import Style
-from megatron.checkpoint.formats.parts import Split, cut, joined
+from megatron.checkpoint.formats.parts import Split
 from megatron.config.architecture import Architecture
 
 _QKV = ("query", "key", "value")
@@ -39,23 +40,6 @@ _MARKS: dict[Style, str] = {
 }
 _OUTPUT = "o_proj.weight"
 _ROWS = Split(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shared:
-    """A tensor that ranks have shares of.
-
-    Attributes:
-        name: what the ranks call it.
-        ours: the logical tensors it is made of.
-        cut: from those to the share of each of so many ranks.
-        join: from the shares of all ranks to the logical tensors.
-    """
-
-    name: str
-    ours: tuple[str, ...]
-    cut: Callable[[tuple[Tensor, ...], int], list[Tensor]]
-    join: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,27 +165,6 @@ def shared_attention(prefix: str, ours: str, style: Style, layout: KvLayout, arc
         join=lambda shares: (joined_queries(shares, layout),),
     )
     return [query, *(_copied(prefix + _GROUPED[part], f"{ours}{part}.weight", layout) for part in _QKV[1:]), columns]
-
-
-def plain(name: str, ours: str, split: Split | None) -> Shared:
-    """A tensor that is cut in equal parts, or that every rank has."""
-    return Shared(
-        name=name,
-        ours=(ours,),
-        cut=lambda parts, ranks: cut(parts[0], split, ranks),
-        join=lambda shares: (joined(shares, split, name, average=False),),
-    )
-
-
-def stacked(name: str, ours: tuple[str, ...]) -> Shared:
-    """Tensors of equal size of which a rank has its part of each, one after the other."""
-    split = Split(0, len(ours))
-    return Shared(
-        name=name,
-        ours=ours,
-        cut=lambda parts, ranks: cut(torch.cat(parts), split, ranks),
-        join=lambda shares: joined(shares, split, name, average=False).chunk(len(ours)),
-    )
 
 
 def _copied(name: str, ours: str, layout: KvLayout) -> Shared:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import silu
 
 from megatron.checkpoint import CheckpointError, CorruptCheckpoint
 from megatron.checkpoint.formats import ReadOptions, WriteOptions, convert, open_model
@@ -14,7 +16,7 @@ from megatron.checkpoint.formats.nxd_attention import layout_for, share_kv, shar
 from megatron.checkpoint.formats.options import Style
 from tests.checkpoint.formats.samples import FAMILIES, assert_equal, random_model
 
-SIZES = {"llama": FAMILIES["llama"], "mistral": FAMILIES["mistral"], "mha": replace(FAMILIES["llama"], num_kv_heads=8)}
+SIZES = {**FAMILIES, "mha": replace(FAMILIES["llama"], num_kv_heads=8)}
 
 
 def _through(size: str, folder: Path, options: WriteOptions) -> None:
@@ -49,6 +51,75 @@ def test_every_layout(size: str, tp: int, pp: int, tiled: bool, fuse: bool, tmp_
 def test_as_many_key_value_heads_as_queries(attention: Style | None, name: str, tmp_path: Path) -> None:
     _through("mha", tmp_path, WriteOptions(tp=2, attention=attention, log=lambda _: None))
     assert f"model.layers.0.self_attn.{name}" in torch.load(next((tmp_path / "out" / "model").iterdir()))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (8, 3)])
+@pytest.mark.parametrize("size", ["mixtral", "bloom", "gpt2"])
+def test_further_families(size: str, tp: int, pp: int, tmp_path: Path) -> None:
+    _through(size, tmp_path, WriteOptions(tp=tp, pp=pp, log=lambda _: None))
+
+
+def _rank(folder: Path, rank: int) -> dict[str, Tensor]:
+    return torch.load(folder / "model" / f"dp_rank_00_tp_rank_{rank:02d}_pp_rank_00.pt")
+
+
+def test_experts_compute_what_they_should(tmp_path: Path) -> None:
+    """As NxD computes them: rows times [h, gate and up of the rank], times [f, h], summed over the ranks."""
+    model = random_model(FAMILIES["mixtral"], torch.float64)
+    convert(model, "nxd", tmp_path / "out", WriteOptions(tp=2, log=lambda _: None))
+    x, total = torch.ones(3, 32).double(), torch.zeros(3, 32).double()
+    for rank in range(2):
+        tensors = _rank(tmp_path / "out", rank)
+        inner = "model.layers.3.mlp.expert_mlps.mlp_op."
+        gate, up = (x @ tensors[f"{inner}gate_up_proj.weight"][2]).chunk(2, -1)
+        total += (silu(gate) * up) @ tensors[f"{inner}down_proj.weight"][2]
+        router = tensors["model.layers.3.mlp.router.linear_router.weight"]
+        assert torch.equal(router, model.weights.read("layers.3.mlp.router.weight"))
+    gate, up, down = (model.weights.read(f"layers.3.mlp.experts.{part}.weight")[2] for part in ("gate", "up", "down"))
+    torch.testing.assert_close(total, (silu(x @ gate.t()) * (x @ up.t())) @ down.t())
+
+
+def test_files_of_expert_parallel_ranks(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["mixtral"])
+    convert(model, "hf", tmp_path / "hf", WriteOptions())
+    convert(model, "nxd", tmp_path / "out", WriteOptions(tp=2, log=lambda _: None))
+    for path in list((tmp_path / "out" / "model").iterdir()):
+        state = torch.load(path)
+        path.unlink()
+        for rank in range(2):
+            own = {n: t[2 * rank :][:2].clone() if "expert_mlps" in n else t for n, t in state.items()}
+            kept = {name: tensor for name, tensor in own.items() if rank == 0 or "expert_mlps" in name}
+            torch.save(kept, path.with_name(path.name.replace("tp_rank", f"ep_rank_{rank:02d}_tp_rank")))
+    assert_equal(open_model(tmp_path / "out", None, ReadOptions(config=tmp_path / "hf")), model)
+    path.with_name(path.name.replace("tp_rank", "ep_rank_01_tp_rank")).unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"the file of ep_rank_01_tp_rank_0\d_pp_rank_00 is missing"):
+        open_model(tmp_path / "out", None, ReadOptions(config=tmp_path / "hf"))
+
+
+def test_tensors_of_hugging_face_are_cut_where_a_linear_layer_is(tmp_path: Path) -> None:
+    """The second of two ranks; GPT-2 stores [in, out], and its query, key and value one after the other."""
+    for family in ("bloom", "gpt2"):
+        model = random_model(FAMILIES[family])
+        convert(model, "nxd", tmp_path / family, WriteOptions(tp=2, log=lambda _: None))
+    q, k, v, up, down = (
+        model.weights.read(f"layers.3.{n}.weight")
+        for n in ("attention.query", "attention.key", "attention.value", "mlp.up", "mlp.down")
+    )
+    gpt2, bloom = _rank(tmp_path / "gpt2", 1), _rank(tmp_path / "bloom", 1)
+    assert torch.equal(gpt2["transformer.h.3.attn.c_attn.weight"], torch.cat((q[16:], k[16:], v[16:])).t())
+    assert torch.equal(gpt2["transformer.h.3.mlp.c_fc.weight"], up[24:].t())
+    assert torch.equal(gpt2["transformer.h.3.mlp.c_proj.weight"], down[:, 24:].t())
+    assert gpt2["transformer.h.3.mlp.c_proj.bias"].shape == (32,)
+    assert gpt2["transformer.h.3.attn.c_attn.bias"].shape == (48,)
+    layer = "transformer.h.3.self_attention."
+    assert bloom[f"{layer}query_key_value.weight"].shape == (48, 32)
+    assert [bloom[f"{layer}dense.{kind}"].shape for kind in ("weight", "bias")] == [(32, 16), (32,)]
+    assert bloom["transformer.word_embeddings.weight"].shape == (42, 32)
+
+
+@pytest.mark.parametrize("size", ["qwen3", "mixtral", "bloom", "gpt2"])
+def test_full_state_of_every_family(size: str, tmp_path: Path) -> None:
+    _through(size, tmp_path, WriteOptions(dialect="full"))
 
 
 def test_full_state(tmp_path: Path) -> None:
@@ -138,7 +209,8 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("bloom", WriteOptions(), "do not compute this model .family bloom"),
+        ("qwen3", WriteOptions(), "do not compute this model .family qwen3"),
+        ("bloom", WriteOptions(attention="fused"), "--attention fused: query, key and value of this model are one"),
         ("llama", WriteOptions(tp=8, kv_size_multiplier=3), r"4 key-value heads times 3 .--kv-size-multiplier"),
         ("llama", WriteOptions(tp=8, attention="separate"), "grouped or fused"),
         ("llama", WriteOptions(attention="coalesced"), "different sizes"),
