@@ -6,6 +6,7 @@
     layer_M_expert_E_mp_rank_XX_model_states.pt expert E of the M-th layer with experts
       mp_rank_XX_model_states.pt                  arguments and counters; without pipeline parallelism all weights
       *zero_pp_rank_D_mp_rank_XX_optim_states.pt  optimizer state of data-parallel rank D, see `zero`
+      expp_rank_E_mp_rank_XX_optim_states.pt      without ZeRO: not read, as parameters have no names there
 
 All of them are read. Written are weights, arguments and counters; optimizer state is written in the universal form.
 """
@@ -74,11 +75,13 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
     arch = described_architecture(options, assets, record, path)
     pipeline = _pipeline(path)
     ranks = _ranks(pipeline, states, path)
-    if arch.experts is not None and options.optimizer and any(path.glob("*optim_states.pt")):
-        options.log(f"WARNING: {path}: the optimizer's state of a model with experts is not read")
-        options = replace(options, optimizer=False)
     stage_3 = files[0].name.startswith("zero")
     optimizer, steps = _optimizer(path, pipeline, states, len(ranks)) if options.optimizer or stage_3 else ({}, None)
+    if options.optimizer and not optimizer and (states[0].get("optimizer") or any(path.glob("expp_rank_*"))):
+        options.log(
+            f"WARNING: {path}: the optimizer's state was written without ZeRO, and then DeepSpeed does not note which "
+            "parameters it belongs to; it is left behind"
+        )
     if stage_3 and not optimizer:
         raise CorruptCheckpoint(f"{path} has no optimizer files, which hold the weights of ZeRO stage 3")
     moments = {name: parts for name, parts in optimizer.items() if name != WEIGHTS and options.optimizer}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.errors import CheckpointError, CorruptCheckpoint
+from megatron.checkpoint.errors import CorruptCheckpoint
 from megatron.checkpoint.files import write_synced
 from megatron.checkpoint.folder import TRACKER
 from megatron.checkpoint.formats.assets import FOLDER, assets_beside
@@ -105,14 +105,16 @@ def _steps(path: Path) -> int | None:
 def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     """Write whole parameters in float32, and moments if there are any.
 
-    The dialect is that of the run that will load it: "pipeline", or "megatron" for --no-pipeline-parallel.
+    The dialect is that of the run that will load it: "pipeline", or "megatron" for --no-pipeline-parallel, which every
+    run with experts is. DeepSpeed looks for an expert under the number it has on its rank: such a run can have any
+    number of data-parallel ranks, but each must have all experts (expert-parallel size 1).
 
     Raises:
         CheckpointError: the dialect has no place for a tensor, or `folder` is there already.
     """
+    dialect = options.dialect or (PIPELINE if model.arch.experts is None else "megatron")
     if model.arch.experts is not None:
-        raise CheckpointError("models with experts are not written in the universal form: choose another --to")
-    dialect = options.dialect or PIPELINE
+        options.log("WARNING: DeepSpeed loads experts from the universal form with expert-parallel size 1 only")
     tag = f"global_step{model.iteration}_universal"
     sources = {WEIGHTS: cast_view(model.weights, torch.float32), **model.moments}
     whole = {entry: to_dialect(model, dialect, options, weights) for entry, weights in sources.items()}
