@@ -80,6 +80,7 @@ TARGETS: Mapping[str, Target] = {
     "native": Target("native"),
     "megatron": Target("megatron"),
     "megatron, AscendSpeed's names": Target("megatron", {"dialect": "ascendspeed"}),
+    "megatron, ModelLink's names": Target("megatron", {"dialect": "legacy"}),
     "deepspeed": Target("deepspeed"),
     "universal": Target("universal"),
     "torch_dist": Target("torch_dist"),

@@ -10,15 +10,8 @@ from megatron.checkpoint.formats import FORMATS
 from tests.checkpoint.matrix import FAMILIES, HEADING, TARGETS, through, write_source
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "converting.md"
-_WITH_BIASES = ("BLOOM", "GPT-2")
 _EXPERTS = "Mixtral (4 experts)"
-WITHOUT_PLACE = {
-    "megatron, AscendSpeed's names": (*_WITH_BIASES, _EXPERTS),
-    "universal": (_EXPERTS,),
-    "torch_dist": ("BLOOM",),
-    "nxd": (*_WITH_BIASES, _EXPERTS),
-    "nxd, full": (*_WITH_BIASES, _EXPERTS),
-}
+WITHOUT_PLACE = {"torch_dist": ("BLOOM",)}
 """Format -> families that its programs do not compute."""
 
 

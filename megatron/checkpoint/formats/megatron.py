@@ -1,66 +1,72 @@
-"""Checkpoints of Megatron's "torch" format: one file per model-parallel rank.
+"""Checkpoints of Megatron's "torch" format: one file per model-parallel rank, see `megatron_ranks`.
 
-    latest_checkpointed_iteration.txt                     "100" or "release"
-    iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt      of tensor-parallel rank TT, pipeline stage PPP
+    latest_checkpointed_iteration.txt             "100" or "release"
+    iter_0000100/mp_rank_TT.../                   files of one rank
 
-Weights, arguments and counters are converted; the optimizer state of these files is tied to the layout of the run that
-wrote it and is left behind.
+Weights, arguments and counters are converted, and the optimizer's state is read, see `megatron_optimizer`; none is
+written, as it is tied to the layout of a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron.checkpoint.errors import CheckpointMismatch, CorruptCheckpoint
+from megatron.checkpoint.errors import CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from megatron.checkpoint.files import write_synced
 from megatron.checkpoint.folder import TRACKER
 from megatron.checkpoint.formats.assets import FOLDER, assets_beside
 from megatron.checkpoint.formats.lazy import in_memory
+from megatron.checkpoint.formats.megatron_optimizer import read_optimizer
+from megatron.checkpoint.formats.megatron_ranks import FILES, RANK_FOLDER, tensor_ranks
 from megatron.checkpoint.formats.merge import Megatron, logical_weights, nest, to_dialect
 from megatron.checkpoint.formats.model import StoredModel, check
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, described_architecture, new_folder
 from megatron.checkpoint.formats.parts import even_stages, part_record, write_parts
 from megatron.checkpoint.formats.settings import complete_record
-from megatron.checkpoint.formats.torch_read import flatten, load_torch
 from megatron.checkpoint.formats.torch_write import Slot, TorchFile
+from megatron.checkpoint.formats.zero import WEIGHTS
 
 _VERSION = 3.0
-_RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
-_FILES = ("model_optim_rng.pt", "model_rng.pt")
-_DISTRIBUTED = "distrib_optim.pt"
-_LAYER = re.compile(r"((?:language_model\.(?:encoder\.)?|decoder\.)layers\.)(\d+)(\..*)")
+_OF_2022 = "optim.pt"
 _COPY_OF_EMBEDDING = "word_embeddings_for_head.weight"
 
 
 def read(folder: Path, options: ReadOptions) -> StoredModel:
     """Open a checkpoint: the folder of a run, or one checkpoint in it.
 
+    With `options.optimizer` and an optimizer's state the weights are its float32 ones, else those of the model.
+
     Raises:
         CorruptCheckpoint: files are missing or damaged.
         CheckpointError: it does not fit its configuration, or does not describe the model.
     """
     path = _checkpoint_in(folder, options.iteration)
-    files = _rank_files(path)
-    states = [[load_torch(file) for file in stage] for stage in files]
-    first = states[0][0]
-    if options.optimizer and (left := _optimizer_of(files[0][0], first)):
-        options.log(f"WARNING: {path}: the optimizer's state ({left}) is in the layout of its run and is left behind")
+    if options.optimizer and any(path.glob(f"mp_rank_*/{_OF_2022}")):
+        raise CheckpointError(
+            f"{path}: its optimizer's state ({_OF_2022}, as Megatron-LM wrote it in 2022) is in pieces that do not "
+            "show which parameter they belong to: convert the weights alone with --no-optimizer"
+        )
+    ranks = tensor_ranks(path)
+    first = ranks[0].files[0].state
+    optimizer, steps = read_optimizer(ranks) if options.optimizer else ({}, None)
     record = record_in(first)
     assets = assets_beside(path.parent, record)
     arch = described_architecture(options, assets, record, path)
-    ranks = [in_memory(_whole_model(path, [stage[rank] for stage in states])) for rank in range(len(states[0]))]
     version = float(first.get("checkpoint_version") or 0)
+    weights = optimizer.pop(WEIGHTS, None) or [in_memory(rank.model()) for rank in ranks]
     model = StoredModel(
         arch=arch,
-        weights=logical_weights(ranks, arch, options, path, version=version),
+        weights=logical_weights(weights, arch, options, path, version=version),
+        moments={
+            entry: logical_weights(parts, arch, options, path, version=version) for entry, parts in optimizer.items()
+        },
+        steps=steps,
         assets=assets,
         settings=record,
         progress=progress_in(first, record),
@@ -70,7 +76,7 @@ def read(folder: Path, options: ReadOptions) -> StoredModel:
 
 def _checkpoint_in(folder: Path, iteration: int | None) -> Path:
     """The folder with the ranks' folders."""
-    if any(_RANK_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
+    if any(RANK_FOLDER.fullmatch(path.name) for path in folder.iterdir()):
         return folder
     name = tracked(folder, TRACKER) if iteration is None else str(iteration)
     path = folder / (f"iter_{int(name):07d}" if name.isdecimal() else name)
@@ -91,43 +97,6 @@ def tracked(folder: Path, tracker: str) -> str:
         return (folder / tracker).read_text().strip()
     except OSError as error:
         raise CheckpointMismatch(f"{folder} has no {tracker}; give the folder of one checkpoint in it") from error
-
-
-def _rank_files(path: Path) -> list[list[Path]]:
-    """The files by pipeline stage and tensor-parallel rank.
-
-    Raises:
-        CorruptCheckpoint: some are missing.
-    """
-    found: dict[tuple[int, int], Path] = {}
-    for child in path.iterdir():
-        if match := _RANK_FOLDER.fullmatch(child.name):
-            file = next((child / name for name in _FILES if (child / name).is_file()), None)
-            if file is None:
-                raise CorruptCheckpoint(f"{child} has no {_FILES[0]}")
-            found[int(match[2] or 0), int(match[1])] = file
-    return complete_grid(found, path)
-
-
-def _optimizer_of(file: Path, state: Mapping[str, Any]) -> str | None:
-    """Where the state of the optimizer is; None: there is none."""
-    if (file.parent / _DISTRIBUTED).is_file():
-        return _DISTRIBUTED
-    return f'"optimizer" in {file.name}' if state.get("optimizer") else None
-
-
-def complete_grid(found: Mapping[tuple[int, int], Path], path: Path) -> list[list[Path]]:
-    """Files by (stage, tensor-parallel rank) as a list of lists.
-
-    Raises:
-        CorruptCheckpoint: some are missing.
-    """
-    stages, ranks = (1 + max(index[at] for index in found) for at in range(2))
-    absent = [(stage, rank) for stage in range(stages) for rank in range(ranks) if (stage, rank) not in found]
-    if absent:
-        shown = ", ".join(f"tensor-parallel rank {rank} of stage {stage}" for stage, rank in absent[:4])
-        raise CorruptCheckpoint(f"{path}: {len(absent)} of {stages * ranks} files are missing: {shown}")
-    return [[found[stage, rank] for rank in range(ranks)] for stage in range(stages)]
 
 
 def record_in(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,32 +120,6 @@ def progress_in(state: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str
     return progress
 
 
-def _whole_model(path: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """All tensors of one tensor-parallel rank under full names; layers have their numbers in the whole model."""
-    chunks = max(1, sum(f"model{index}" in stages[0] for index in range(len(stages[0]))))
-    names = [f"model{index}" for index in range(chunks)] if "model0" in stages[0] else ["model"]
-    whole: dict[str, Tensor] = {}
-    start = 0
-    for name in names:  # of interleaved schedules: the first chunk of every stage comes before the second of any
-        for stage in stages:
-            if name not in stage:
-                raise CorruptCheckpoint(f"{path}: a file has no {name}")
-            tensors = {_current_name(key): tensor for key, tensor in flatten(stage[name]).items()}
-            matches = {key: _LAYER.fullmatch(key) for key in tensors}
-            for key, match in matches.items():
-                full = f"{match[1]}{int(match[2]) + start}{match[3]}" if match else key
-                whole[full] = tensors[key]
-            start += len({match[2] for match in matches.values() if match})
-    return whole
-
-
-def _current_name(name: str) -> str:
-    """The name that a tensor of the first versions of Megatron has today."""
-    if name.startswith("language_model.transformer."):
-        name = name.replace(".transformer.", ".encoder.", 1).replace(".attention.", ".self_attention.", 1)
-    return name
-
-
 def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     """Write a checkpoint for `options.tp` ranks and `options.pp` stages; a model without iterations is a "release".
 
@@ -194,7 +137,7 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     state = client_state(model, whole, options)
     with new_folder(folder) as temporary:
         for stage, layers in enumerate(even_stages(model.arch.num_layers, options.pp)):
-            paths = [temporary / name / _rank_folder(rank, stage, options) / _FILES[0] for rank in range(options.tp)]
+            paths = [temporary / name / _rank_folder(rank, stage, options) / FILES[0] for rank in range(options.tp)]
             for path in paths:
                 path.parent.mkdir(parents=True)
             slots = stage_slots(whole, layers, copy_embedding=options.pp > 1)

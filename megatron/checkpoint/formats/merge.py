@@ -26,8 +26,9 @@ from megatron.checkpoint.formats.parts import Split, joined
 from megatron.checkpoint.manifest import TensorRecord
 from megatron.config.architecture import Architecture
 
-# They follow from others: copies of the embedding, rotary frequencies, state of Transformer Engine, causal masks.
-_DERIVED = re.compile(r"word_embeddings_for_head\..*|.*rotary_emb\.inv_freq|.*_extra_state|.*\.attention\.bias")
+# No parameters: rotary frequencies, state of Transformer Engine, causal masks.
+_BUFFER = re.compile(r".*rotary_emb\.inv_freq|.*_extra_state|.*\.attention\.bias")
+_COPY_OF_EMBEDDING = re.compile(r"word_embeddings_for_head\..*")
 _SHOWN = 5
 
 
@@ -51,7 +52,7 @@ def logical_weights(
     for rank, tensors in enumerate(ranks):
         if odd := sorted(tensors.records.keys() ^ ranks[0].records.keys()):
             raise CorruptCheckpoint(f"{where}: tensor-parallel ranks 0 and {rank} differ in {', '.join(odd[:_SHOWN])}")
-    names = {name for name in ranks[0].records if not _DERIVED.fullmatch(name)}
+    names = {name for name in ranks[0].records if not is_buffer(name) and not _COPY_OF_EMBEDDING.fullmatch(name)}
     dialect, table = _dialect_of(names, arch, where)
     known = version if options.version is None else options.version
     table = [_older(piece, arch, known) for piece in table]
@@ -59,6 +60,11 @@ def logical_weights(
     rows = {piece.full_name(dialect): arch.vocab_size for piece in table if piece.has_vocabulary_rows}
     single = split_view(rows_view(whole, rows), [piece.entry(dialect) for piece in table])
     return stack_view(single, dialect.stacks(arch))
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of a module is no parameter of it."""
+    return _BUFFER.fullmatch(name) is not None
 
 
 def _dialect_of(names: Collection[str], arch: Architecture, where: Path) -> tuple[Dialect, list[Piece]]:

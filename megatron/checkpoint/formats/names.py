@@ -47,7 +47,8 @@ class Dialect:
         frequencies: name of the rotary frequencies of each layer, which AscendSpeed stores.
         nested: beginnings of names that are dictionaries in dictionaries, one per part of the name.
         experts: names in layers with experts, before those of `parts`. `{number}` is the number of an expert; without
-            it a tensor holds all experts of a layer.
+            it a tensor holds all experts of a layer. Without a name for the gate it is in one tensor with the
+            up-projection.
     """
 
     layers: str
@@ -131,9 +132,10 @@ _CORE_STACKED = {
     "mlp.experts.up": "mlp.experts.experts.linear_fc1.{}",
     "mlp.experts.down": "mlp.experts.experts.linear_fc2.{}",
 }
+_DEEPSPEED_EXPERT = "mlp.deepspeed_moe.experts.deepspeed_experts.{number}"
 _DEEPSPEED_EXPERTS = {
-    "mlp.experts.up": "mlp.deepspeed_moe.experts.deepspeed_experts.{number}.dense_h_to_4h.{}",
-    "mlp.experts.down": "mlp.deepspeed_moe.experts.deepspeed_experts.{number}.dense_4h_to_h.{}",
+    "mlp.experts.up": f"{_DEEPSPEED_EXPERT}.dense_h_to_4h.{{}}",
+    "mlp.experts.down": f"{_DEEPSPEED_EXPERT}.dense_4h_to_h.{{}}",
 }
 _ASCENDSPEED = Dialect(
     layers="language_model.layers.{}.",
@@ -160,12 +162,30 @@ _MODELLINK = Dialect(
     parts={**_MEGATRON_PARTS, "mlp.gate": "mlp.gate_proj.{}"},
     fused_gate=None,
     nested=_MEGATRON_NESTED,
+    experts={**_DEEPSPEED_EXPERTS, "mlp.experts.gate": f"{_DEEPSPEED_EXPERT}.gate_proj.{{}}"},
+)
+_MODELLINK_MERGED = replace(
+    _MODELLINK,
+    fused_gate="mlp.proj.{}",
+    experts={**_DEEPSPEED_EXPERTS, "mlp.experts.up": f"{_DEEPSPEED_EXPERT}.proj.{{}}"},
+)
+
+_MEGATRON = replace(_MODELLINK, parts=_MEGATRON_PARTS, fused_gate=_MEGATRON_PARTS["mlp.up"], experts=_DEEPSPEED_EXPERTS)
+_LEGACY = replace(
+    _MEGATRON,
+    ends={**_MEGATRON_ENDS, "final_norm": "language_model.encoder.final_norm.{}"},
+    parts={**_MEGATRON_PARTS, "attention_norm": "input_norm.{}", "mlp_norm": "post_attention_norm.{}"},
+    experts={
+        "mlp.router": "mlp.block.moe_layer.gate.weight.{}",
+        "mlp.experts.gate": "mlp.block.moe_layer.experts.experts.{number}.w1.{}",
+        "mlp.experts.up": "mlp.block.moe_layer.experts.experts.{number}.w3.{}",
+        "mlp.experts.down": "mlp.block.moe_layer.experts.experts.{number}.w2.{}",
+    },
 )
 
 DIALECTS: Mapping[str, Dialect] = {
-    "megatron": replace(
-        _MODELLINK, parts=_MEGATRON_PARTS, fused_gate=_MEGATRON_PARTS["mlp.up"], experts=_DEEPSPEED_EXPERTS
-    ),
+    "megatron": _MEGATRON,
+    "legacy": _LEGACY,
     "core": _CORE,
     "core-te": _CORE_TE,
     "core-te-grouped": replace(_CORE_TE, experts={**_CORE_TE.experts, **_CORE_GROUPED}),
@@ -173,11 +193,12 @@ DIALECTS: Mapping[str, Dialect] = {
     "ascendspeed": _ASCENDSPEED,
     "ascendspeed-merged": replace(_ASCENDSPEED, fused_gate="mlp.proj.{}"),
     "modellink": _MODELLINK,
-    "modellink-merged": replace(_MODELLINK, fused_gate="mlp.proj.{}"),
+    "modellink-merged": _MODELLINK_MERGED,
 }
-"""megatron: Megatron-LM until 2023, Megatron-DeepSpeed. core: Megatron-Core with its own layers; core-te: with those of
-Transformer Engine, whose experts are one by one, grouped, or in torch_dist one tensor per layer. ascendspeed: of 2023;
-modellink: its successor; merged: with --merge-mlp."""
+"""megatron: Megatron-LM until 2023, Megatron-DeepSpeed. legacy: what Megatron-LM calls so, since the end of 2023, and
+ModelLink on it, whose experts they are. core: Megatron-Core with its own layers; core-te: with those of Transformer
+Engine, whose experts are one by one, grouped, or in torch_dist one tensor per layer. ascendspeed: of 2023; modellink:
+its successor at first; merged: with --merge-mlp."""
 
 
 PIPELINE = "pipeline"
@@ -210,9 +231,14 @@ def pipeline_dialect(arch: Architecture, *, with_lambdas: bool = False) -> Diale
 
 
 def dialects(arch: Architecture) -> dict[str, Dialect]:
-    """All dialects that a model can be stored in, by name."""
+    """All dialects that a model can be stored in, by name.
+
+    AscendSpeed has a LLaMA of its own; the names of its other models are the later ones.
+    """
+    others = {"ascendspeed": _MODELLINK, "ascendspeed-merged": _MODELLINK_MERGED}
     return {
         **DIALECTS,
+        **({} if arch.gated and arch.experts is None else others),
         PIPELINE: pipeline_dialect(arch),
         f"{PIPELINE}-lambdas": pipeline_dialect(arch, with_lambdas=True),
     }
@@ -274,8 +300,10 @@ def _pieces(arch: Architecture, dialect: Dialect) -> Iterator[Piece]:
         if stem.startswith("layers."):
             _, number, stem = stem.split(".", 2)
             place = int(number)
-        if stem in (*_QKV[1:], _EXPERTS[0]) or (stem == "mlp.gate" and dialect.fused_gate):
+        if stem in _QKV[1:] or (stem == "mlp.gate" and dialect.fused_gate):
             continue  # part of another one
+        if stem == _EXPERTS[0] and stem not in dialect.experts:
+            continue  # with the up-projection
         prefix = name.removesuffix(f"{stem}.{kind}")
         if stem in _EXPERTS and stem in dialect.experts and kind == "weight":
             yield from _expert_pieces(place, prefix, stem, dialect, arch)
@@ -306,15 +334,14 @@ def frequency_pieces(arch: Architecture, dialect: Dialect) -> list[Piece]:
     ]
 
 
-def _expert_pieces(
-    place: Place, prefix: str, stem: str, dialect: Dialect, arch: Architecture
-) -> Iterator[Piece]:
-    """The up- (with the gate, if there is one) or down-projections of the experts of a layer."""
+def _expert_pieces(place: Place, prefix: str, stem: str, dialect: Dialect, arch: Architecture) -> Iterator[Piece]:
+    """The gates, up- (with the gate, if it has no name of its own) or down-projections of the experts of a layer."""
     assert arch.experts is not None
-    template, is_up = dialect.experts[stem], stem == _EXPERTS[1]
-    parts = _EXPERTS[:2] if is_up and arch.gated else (stem,)
+    template = dialect.experts[stem]
+    with_gate = stem == _EXPERTS[1] and arch.gated and _EXPERTS[0] not in dialect.experts
+    parts = _EXPERTS[:2] if with_gate else (stem,)
     names = tuple(f"{prefix}{part}.weight" for part in parts)
-    dim = 0 if is_up else 1
+    dim = 1 if stem == _EXPERTS[2] else 0
     if _NUMBER not in template:
         layout = _SAME if len(parts) == 1 else _HALVES_OF_EACH
         split = Split(dim + 1, len(parts))

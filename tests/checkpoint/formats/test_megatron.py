@@ -37,7 +37,7 @@ def test_further_families(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-@pytest.mark.parametrize("dialect", ["core", "core-te", "core-te-grouped", "megatron"])
+@pytest.mark.parametrize("dialect", ["core", "core-te", "core-te-grouped", "megatron", "legacy", "modellink"])
 def test_experts(dialect: str, tp: int, pp: int, tmp_path: Path) -> None:
     _through("mixtral", tp, pp, tmp_path / "megatron", dialect)
 
@@ -57,6 +57,32 @@ def test_names_of_experts_in_megatron_core(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect(dialect: str, tmp_path: Path) -> None:
     _through("llama", 2, 2, tmp_path / "megatron", dialect)
+
+
+@pytest.mark.parametrize("dialect", ["ascendspeed", "ascendspeed-merged", "modellink", "legacy"])
+@pytest.mark.parametrize("family", ["mixtral", "bloom", "gpt2"])
+def test_other_models_of_ascendspeed_and_modellink(family: str, dialect: str, tmp_path: Path) -> None:
+    _through(family, 2, 2, tmp_path / "megatron", dialect)
+
+
+def test_names_of_experts_in_ascendspeed_and_modellink(tmp_path: Path) -> None:
+    """AscendSpeed: DeepSpeed's experts, with a gate of their own. ModelLink: Mixtral's own names in legacy layers."""
+    model = random_model(FAMILIES["mixtral"])
+    gate, up, down = (model.weights.read(f"layers.3.mlp.experts.{part}.weight")[2] for part in ("gate", "up", "down"))
+    for dialect, layer, names in (
+        (
+            "ascendspeed",
+            "mlp.deepspeed_moe.experts.deepspeed_experts.2.",
+            ("gate_proj", "dense_h_to_4h", "dense_4h_to_h"),
+        ),
+        ("legacy", "mlp.block.moe_layer.experts.experts.2.", ("w1", "w3", "w2")),
+    ):
+        convert(model, "megatron", tmp_path / dialect, WriteOptions(tp=2, divisible_by=8, dialect=dialect))
+        encoder = _file(tmp_path / dialect / "release", "mp_rank_01")["model"]["language_model"]["encoder"]
+        found = [encoder[f"layers.3.{layer}{name}.weight"] for name in names]
+        for tensor, expected in zip(found, (gate[24:], up[24:], down[:, 24:]), strict=True):
+            assert torch.equal(tensor, expected)
+    assert "layers.3.mlp.block.moe_layer.gate.weight.weight" in encoder and "final_norm.weight" in encoder
 
 
 def _file(folder: Path, rank: str) -> dict[str, Any]:
@@ -133,20 +159,6 @@ def test_the_layout_of_megatron_deepspeed_since_2024(tmp_path: Path) -> None:
             state["model"][name] = tensor.unflatten(0, (8, 3, 4)).transpose(0, 1).flatten(0, 2).clone()
     torch.save(state, path)
     assert_equal(open_model(tmp_path / "out", None, ReadOptions(version=0)), model)
-
-
-def test_the_state_of_an_optimizer_is_left_behind_by_name(tmp_path: Path) -> None:
-    model, said = random_model(FAMILIES["llama"]), []
-    convert(model, "megatron", tmp_path / "out", WriteOptions(tp=2))
-    folder = tmp_path / "out" / "release" / "mp_rank_00"
-    open_model(tmp_path / "out", None, ReadOptions(log=said.append))
-    assert said == []
-    torch.save({**_file(folder.parent, folder.name), "optimizer": {"state": {}}}, folder / "model_optim_rng.pt")
-    open_model(tmp_path / "out", None, ReadOptions(log=said.append))
-    (folder / "distrib_optim.pt").touch()
-    assert_equal(open_model(tmp_path / "out", None, ReadOptions(log=said.append)), model)
-    open_model(tmp_path / "out", None, ReadOptions(optimizer=False, log=said.append))
-    assert ['"optimizer" in model_optim_rng.pt' in said[0], "distrib_optim.pt" in said[1], len(said)] == [True, True, 2]
 
 
 def test_interleaved_stages(tmp_path: Path) -> None:
@@ -245,7 +257,7 @@ def test_copies_that_drifted_apart(tmp_path: Path) -> None:
     [
         (WriteOptions(tp=3), "8 query heads cannot be divided over 3 ranks"),
         (WriteOptions(pp=3), "4 layers cannot be divided over 3 pipeline stages"),
-        (WriteOptions(dialect="esperanto"), "--dialect esperanto: there are megatron, core"),
+        (WriteOptions(dialect="esperanto"), "--dialect esperanto: there are megatron, legacy, core"),
     ],
 )
 def test_refusals(options: WriteOptions, message: str, tmp_path: Path) -> None:
