@@ -92,7 +92,8 @@ def srun(job: Job) -> list[str]:
     """One torchrun per Slurm node, on all CPUs of the allocation; they find each other at the first node."""
     count = str(job.nodes)
     command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpu-bind=none"]
-    command += ["--kill-on-bad-exit=1"]
+    # Without the last one a first Ctrl-C is a question about the tasks.
+    command += ["--kill-on-bad-exit=1", "--disable-status"]
     return [*command, *_torchrun(job, _rendezvous(job))]
 
 

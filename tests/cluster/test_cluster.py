@@ -161,7 +161,9 @@ def test_nothing_is_left_of_a_run_that_is_ended(cluster, launcher, end, tmp_path
     running = _start(cluster, launcher, *FLAGS, "--log-json", str(metrics), **ENDLESS)
     assert _wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3), running.ends()
     assert any("pretrain_gpt" in line for line in _left(cluster))
-    if end == "Ctrl-C":
+    if end == "Ctrl-C" and launcher == "srun":  # salloc, which would give up the allocation, is not always there
+        cluster.run("node1", "pkill", "-INT", "--exact", "srun")
+    elif end == "Ctrl-C":
         running.interrupt()
     else:
         cluster.run("node2", "pkill", "-KILL", "--oldest", "--full", "^[^ ]*python[^ ]* (-u )?pretrain_gpt")
