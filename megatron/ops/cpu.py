@@ -24,7 +24,7 @@ _CACHED_LOGITS = 2**17
 
 @implements(reference.cross_entropy, name="chunked")
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """See `portable.chunked_cross_entropy`."""
+    """No float32 copy of all logits, see `portable.chunked_cross_entropy`."""
     return portable.chunked_cross_entropy(logits, labels, _CACHED_LOGITS * torch.get_num_threads())
 
 

@@ -156,7 +156,7 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @implements(reference.cross_entropy, name="chunked")
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """See `portable.chunked_cross_entropy`."""
+    """No float32 copy of all logits, see `portable.chunked_cross_entropy`."""
     return portable.chunked_cross_entropy(logits, labels, _CHUNK_LOGITS)
 
 

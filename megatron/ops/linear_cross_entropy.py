@@ -18,16 +18,19 @@ from torch.autograd.function import once_differentiable
 from megatron.ops import reference
 from megatron.ops.registry import implements
 
-_BLOCK_ELEMENTS = 2**24
-"""Logits at a time: 64 MiB in float32, small beside those of all tokens and a large vocabulary."""
+BLOCK_ELEMENTS = 2**24
+"""Logits at a time, at most: 64 MiB in float32."""
+VOCABULARY_PARTS = 16
+"""At least: so that what is there at a time is small beside all logits of a small vocabulary, too."""
 _COLUMN_STEP = 128
 """Matrix units take columns in multiples of this."""
 
 
 @implements(reference.linear_cross_entropy, name="chunked")
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """A part of the vocabulary at a time, computed again in the backward pass."""
-    columns = max(1, _BLOCK_ELEMENTS // labels.numel() // _COLUMN_STEP) * _COLUMN_STEP
+    """A part of the vocabulary at a time; its logits are computed again in the backward pass."""
+    columns = min(BLOCK_ELEMENTS // labels.numel(), rows // VOCABULARY_PARTS)
+    columns = max(1, columns // _COLUMN_STEP) * _COLUMN_STEP
     return in_blocks(x, weight, labels, rows, columns)
 
 

@@ -22,7 +22,7 @@ _CHUNK_LOGITS = 2**26
 
 @implements(reference.cross_entropy, name="chunked")
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """See `portable.chunked_cross_entropy`."""
+    """No float32 copy of all logits, see `portable.chunked_cross_entropy`."""
     return portable.chunked_cross_entropy(logits, labels, _CHUNK_LOGITS)
 
 

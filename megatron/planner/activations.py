@@ -117,9 +117,18 @@ def embedding(case: Case) -> tuple[Saved, ...]:
 def head(case: Case) -> tuple[Saved, ...]:
     """What final norm, head and loss keep; the norm's input is the last layer's output."""
     tokens = case.tokens
-    return (
+    norm = (
         Saved("final norm: input", hidden_bytes(case)),
         Saved("final norm: row statistics", tokens // case.split * _statistics(case)),
+    )
+    if not case.kernels.whole_logits:
+        return (
+            *norm,
+            Saved("head: input of all ranks", _normed(case) * case.split),
+            Saved("loss: labels, normalizers and losses", tokens * (16 if case.tp == 1 else 24)),
+        )
+    return (
+        *norm,
         Saved("head: input", _normed(case)),
         Saved("logits", logits_bytes(case)),
         Saved("loss: labels, normalizers and losses", tokens * (8 if case.tp == 1 else 16)),

@@ -54,6 +54,8 @@ class Kernels:
     """Bytes per element: accelerators keep a bool, CPUs a number of the hidden states' dtype."""
     loss_chunk: int | None = None
     """Logits that the loss widens at a time; None for accelerators' figures."""
+    whole_logits: bool = True
+    """All logits of a micro-batch are there at once; without, a part at a time (`--op linear_cross_entropy`)."""
     wide_products: bool = False
     """8-bit products are made of float32 copies, as CPUs do; accelerators multiply the 8-bit forms."""
 
@@ -249,7 +251,10 @@ def case_of(
         itemsize=_ITEMSIZE[settings["params_dtype"]],
         grad_itemsize=2 if settings["grad_reduce_in_bf16"] else 4,
         moments=_moments(settings),
-        kernels=Kernels(attention=_attention(settings, arch, machine)),
+        kernels=Kernels(
+            attention=_attention(settings, arch, machine),
+            whole_logits="linear_cross_entropy=chunked" not in settings["op"],
+        ),
         fp8=settings["fp8_format"] is not None,
         fp8_weight_gradients=settings["fp8_wgrad"],
         fp8_weights_kept=settings["cache_fp8_weight"],

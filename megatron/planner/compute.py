@@ -171,7 +171,8 @@ def head_seconds(case: Case) -> tuple[Seconds, Seconds]:
     logits = activations.logits_bytes(case) / case.itemsize
     hidden = case.tokens * arch.hidden_size * case.itemsize
     forward = Seconds(matmul=once, other=moved(case.machine, _LOSS_FORWARD * logits + 2 * hidden))
-    backward = Seconds(matmul=2 * once, other=moved(case.machine, _LOSS_BACKWARD * logits + 4 * hidden))
+    products = 2 if case.kernels.whole_logits else 3  # logits are computed again
+    backward = Seconds(matmul=products * once, other=moved(case.machine, _LOSS_BACKWARD * logits + 4 * hidden))
     return forward, backward
 
 

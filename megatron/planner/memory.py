@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.mpu.schedule import splits_backward
+from megatron.ops.linear_cross_entropy import BLOCK_ELEMENTS, VOCABULARY_PARTS
 from megatron.planner import activations
 from megatron.planner.case import Case
 from megatron.planner.compute import Product, column_products, row_products
@@ -78,7 +79,6 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
     held, reducing = (_bytes_held(case, pipeline_rank, sets) for sets in holding)
     stages = case.stages.stages_of(pipeline_rank)
     has_loss = case.stages.last in stages
-    logits = activations.logits_bytes(case) if has_loss else 0
     layer = max(activations.returned_bytes(case, stage) for stage in stages) + _backward_of_a_layer(case)
     layer += _casting(case)
     if splits_backward(case.schedule):  # deferred gradients of a whole stage are computed at once
@@ -91,8 +91,8 @@ def rank_memory(case: Case, pipeline_rank: int) -> RankMemory:
         Moment("optimizer step", state.updating),
     ]
     if has_loss:
-        loss = logits + 4 * _loss_chunk(case)
-        moments.append(Moment("loss", state.running | {"activations": held - logits, "logits and loss": logits + loss}))
+        logits, more = _logits_and_loss(case)
+        moments.append(Moment("loss", state.running | {"activations": held - logits, "logits and loss": logits + more}))
     eight_bit = _kept_forms(case, stages)
     if eight_bit:
         moments = [Moment(at.name, {**at.parts, "weights": at.parts.get("weights", 0) + eight_bit}) for at in moments]
@@ -179,6 +179,16 @@ def _deepspeed(case: Case, units: Sequence[Unit]) -> _State:
     own = 0 if case.offload_parameters else e * share
     kept |= {"weights": own + e * live, "gradients": 4 * share * on_device}
     return _State(running=kept, finishing=kept, updating=kept, reduction=sent * case.bucket + e * bucket)
+
+
+def _logits_and_loss(case: Case) -> tuple[int, int]:
+    """Bytes of the logits that are kept, and of what their gradients need beside them."""
+    logits = activations.logits_bytes(case)
+    if case.kernels.whole_logits:
+        return logits, logits + 4 * _loss_chunk(case)
+    block = min(BLOCK_ELEMENTS, logits // case.itemsize // VOCABULARY_PARTS)
+    # A part is there wide and twice in the dtype of the model; the gradient of the hidden states is summed wide.
+    return 0, block * (4 + 2 * case.itemsize) + 4 * case.tokens * case.arch.hidden_size
 
 
 def _loss_chunk(case: Case) -> int:

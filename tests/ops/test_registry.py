@@ -1,4 +1,5 @@
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megatron.ops import (
     reference,
     reference_ops,
 )
+from megatron.ops.document import document
 from megatron.ops.registry import ON_REQUEST, Implementation, _best
 
 CPU = accelerators.select("cpu")
@@ -35,6 +37,11 @@ def test_operations_in_place_of_others_are_there_on_request():
     ops, lines = build_table(CPU, {"linear_cross_entropy": "chunked"})
     assert ops.linear_cross_entropy is implementations(CPU, "linear_cross_entropy")[0].function
     assert "op linear_cross_entropy chunked (asked for)" in lines
+
+
+def test_the_page_of_kernels_is_up_to_date():
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
+    assert page.read_text() == document(), "run: python -m megatron.ops.document > docs/kernels.md"
 
 
 def test_asked_is_obeyed():

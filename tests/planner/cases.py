@@ -60,9 +60,9 @@ def case(
     """A case of a small model; `changes` are fields of `Case`."""
     model = Architecture(**{**LLAMA, **(arch or {})})
     recompute = changes.pop("recompute", RecomputePlan())
-    attention = changes.pop("attention", "fused")
+    kernels = Kernels(changes.pop("attention", "fused"), 2, whole_logits=changes.pop("whole_logits", True))
     values: dict[str, Any] = {"seq_length": 128, "micro_batch": 2, "global_batch": 2 * world // (tp * pp * cp)}
-    values |= {"sequence_parallel": False, "kernels": Kernels(attention, dropout_mask=2)} | changes
+    values |= {"sequence_parallel": False, "kernels": kernels} | changes
     layers = tuple(model.num_layers // pp + (at < model.num_layers % pp) for at in range(pp))
     return Case(
         arch=model,

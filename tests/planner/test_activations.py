@@ -20,6 +20,7 @@ from megatron.mpu.expert_parallel import with_experts as with_expert_groups
 from megatron.mpu.groups import build_groups
 from megatron.ops import build_table, float8
 from megatron.planner import activations
+from megatron.training.loss import losses_of_model
 from tests.planner.cases import GPT2, case, with_experts
 from tests.planner.measure import fake_world, mark, measured
 
@@ -31,7 +32,10 @@ _OPERATIONS = {"fused": "sdpa", "masked": "sdpa", "blocked": "blocked", "referen
 
 def _kept(plan) -> int:
     """Bytes that forward pass and loss leave behind."""
-    ops, _ = build_table(load("cpu"), {"attention": _OPERATIONS[plan.kernels.attention]})
+    asked = {"attention": _OPERATIONS[plan.kernels.attention]}
+    if not plan.kernels.whole_logits:
+        asked["linear_cross_entropy"] = "chunked"
+    ops, _ = build_table(load("cpu"), asked)
     with fake_world(plan.topology.world_size):
         groups = with_expert_groups(build_groups(plan.topology, "cpu", kv_copies=plan.kv_copies), "cpu")
         model = GPT(
@@ -48,11 +52,13 @@ def _kept(plan) -> int:
             use_eight_bit(model, EightBitScaling(ScalingRecipe(), formats, groups, torch.device("cpu")), ops)
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.02)
-        loss = functools.partial(
-            vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
-        )
+        loss = losses_of_model
+        if plan.kernels.whole_logits:
+            loss = functools.partial(
+                vocab_parallel_cross_entropy, vocab_size=plan.arch.vocab_size, group=groups.tp, ops=ops
+            )
         tokens = torch.randint(0, plan.arch.vocab_size, (plan.micro_batch, plan.seq_length // plan.cp))
-        inputs = ModelInputs(dropout_seed=1, auxiliary=Auxiliary(weight=1.0, totals=torch.zeros(4)))
+        inputs = ModelInputs(dropout_seed=1, auxiliary=Auxiliary(weight=1.0, totals=torch.zeros(4)), labels=tokens)
         with measured() as memory:
             losses = loss(model(tokens, inputs), tokens.transpose(0, 1))
             mark("after the forward pass")
@@ -86,6 +92,8 @@ CASES = {
     "blocked attention": {"attention": "blocked"},
     "blocked attention, selective": {"attention": "blocked", "recompute": RecomputePlan(granularity="selective")},
     "reference attention": {"attention": "reference"},
+    "losses without logits": {"whole_logits": False},
+    "losses without logits, sequence parallel": {"whole_logits": False, "world": 4, "tp": 4, "sequence_parallel": True},
     "gpt2": {"arch": GPT2},
     "gpt2, sequence parallel": {"arch": GPT2, "world": 4, "tp": 4, "sequence_parallel": True},
     "gpt2, dropout": {"arch": GPT2 | {"hidden_dropout": 0.1, "attention_dropout": 0.1}, "attention": "blocked"},
