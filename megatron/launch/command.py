@@ -94,6 +94,8 @@ def srun(job: Job) -> list[str]:
     command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpu-bind=none"]
     # Without the last one a first Ctrl-C is a question about the tasks.
     command += ["--kill-on-bad-exit=1", "--disable-status"]
+    if job.hosts:
+        command += ["--nodelist", ",".join(job.hosts)]
     return [*command, *_torchrun(job, _rendezvous(job))]
 
 

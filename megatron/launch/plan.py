@@ -127,11 +127,10 @@ def make_plan(
         wanted.append(EnvVar("DS_ACCELERATOR", accelerator.deepspeed_name, "the launcher imports DeepSpeed, too"))
     wanted = list({one.name: one for one in reversed(wanted)}.values())[::-1]
     several = nodes > 1
-    passed = passed_on(accelerator.name, environ) if several else {}
     job = Job(
         script=_preflight(device, flags) if own.check else (_script(own.script), *flags),
         processes=processes,
-        exports={one.name: environ.get(one.name, one.value) for one in wanted} | passed,
+        exports={one.name: environ.get(one.name, one.value) for one in wanted} | passed_on(accelerator.name, environ),
         nodes=nodes,
         node_rank=_node_rank(own.node_rank, own.launcher, hosts, own_names, is_own_address) if several else 0,
         master_addr=_master(own.master_addr, own.launcher, hosts) if several else own.master_addr,

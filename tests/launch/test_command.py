@@ -95,7 +95,7 @@ def test_the_node_that_the_meeting_point_lies_on_serves_it():
 
 def test_srun_starts_one_task_per_node():
     tasks = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1"]
-    assert srun(_many())[:7] == ["srun", *tasks, "--disable-status"]
+    assert srun(_many())[:9] == ["srun", *tasks, "--disable-status", "--nodelist", "n1,n2"]
 
 
 def test_mpirun_exports_variables_and_names_hosts():
