@@ -80,7 +80,8 @@ FEATURES = (
         {
             "cpu": "tests/training/test_parity.py::test_every_layout_and_engine_equals_one_process",
             **_on(SIMULATED, f"{_RUNS}test_run_equals_the_cpus"),
-            "neuron_xla": "!tests/accelerators/test_neuron_xla.py::test_several_processes_are_refused",
+            "neuron_xla": "!tests/training/test_without_meshes.py::"
+            "test_what_needs_more_than_sums_is_refused_by_every_flag_that_asks_for_it",
         },
     ),
     Feature(
@@ -88,6 +89,15 @@ FEATURES = (
         {
             "neuron_xla": "tests/accelerators/test_xla_compilation.py::"
             "test_the_trainer_gives_the_losses_of_the_cpu_and_goes_on_from_its_checkpoints",
+        },
+    ),
+    Feature(
+        "TP2 x DP2 with sequence parallelism and all state on every rank, and such checkpoints",
+        {
+            "cpu": "tests/training/test_without_meshes.py::"
+            "test_training_and_checkpoints_are_those_of_a_device_with_meshes",
+            "neuron_xla": "tests/accelerators/test_xla_compilation.py::"
+            "test_four_cores_have_the_losses_of_the_cpu_and_go_on_from_its_checkpoints",
         },
     ),
     Feature(

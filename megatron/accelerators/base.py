@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
+from torch.distributed import ProcessGroup
 
 FLOAT8: Mapping[torch.dtype, float] = MappingProxyType({torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0})
 """The formats of arXiv:2209.05433 and the largest number of each."""
@@ -32,8 +33,10 @@ class Capabilities:
     """Starts the vendor's own profiler; what it returns stops it and says where the trace is. None: there is none."""
     step_boundary_per_micro_step: bool = False
     """Lazy runtimes gather operations into a graph: it must be cut once per micro-step."""
-    device_meshes: bool = True
-    """Torch's meshes, on which DTensor and FSDP2 stand, have groups for the device; without, a run is one process."""
+    communicator: Callable[[Sequence[Sequence[int]]], ProcessGroup] | None = None
+    """See `mpu.groups.Communicator`: for devices that torch's meshes make no groups for, and FSDP2 does not run on.
+
+    Members of such a group can sum and gather, not send to one another. None: meshes have all that is needed."""
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,24 @@
 Written to the published interface of torch_xla and never run on a chip. XLA gathers operations into a graph until it is
 cut, and compiles a graph anew whenever a shape or a Python number in it changes.
 
-A run has one core. A `DeviceMesh` of torch 2.9 makes no groups for "xla"; made for the host, its groups of torch_xla's
-backend sum over all ranks, whatever their members. FSDP2 asks for streams that "xla" does not have.
+A `DeviceMesh` of torch 2.9 makes no groups for "xla", and FSDP2 asks for streams that "xla" does not have. Groups are
+therefore made here, one axis at a time, and know the groups of the other ranks: XLA's collectives name them all.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
-from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats, UnavailableDeviceError
+from megatron.accelerators.base import Accelerator, Capabilities, EnvVar, MemoryStats
 from megatron.accelerators.vendor import NO_AUTOLOAD, check_local_rank, import_problem
 
 _PACKAGE = "torch_xla"
@@ -30,7 +34,7 @@ class NeuronXla:
 
     name: str = "neuron_xla"
     torch_device_type: str = "xla"
-    collective_backend: str = "gloo"  # for a process that is alone, with objects of the host
+    collective_backend: str = "gloo"  # for what is on the host; the device's groups are those of `communicator`
     deepspeed_name: str | None = None
     ops_module: str = "megatron.ops.neuron"
     environment: tuple[EnvVar, ...] = (
@@ -48,7 +52,7 @@ class NeuronXla:
             async_collectives=False,
             step_boundary_per_micro_step=True,
             compile_backend=None,
-            device_meshes=self.torch_device_type != "xla",
+            communicator=communicator,
         )
 
     def unavailable_reason(self) -> str:
@@ -70,27 +74,25 @@ class NeuronXla:
 
     def device_count(self) -> int:
         """Cores of this node; 0 without the software."""
-        return 0 if self.unavailable_reason() else int(_runtime().addressable_device_count())
+        return 0 if self.unavailable_reason() else int(_runtime().local_device_count())
 
     def set_device(self, local_rank: int) -> torch.device:
         """The core of this process, which torch_xla chooses by LOCAL_RANK.
 
         Raises:
-            UnavailableDeviceError: there are several processes.
-            ValueError: there is no such core, or torch_xla counts other ranks than the launcher; its collectives
-                would then return the local value without a word.
+            ValueError: there is no such core, or torch_xla numbers the ranks otherwise than the launcher; its
+                collectives would then return the local value, or that of others, without a word.
         """
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1 and not self.capabilities.device_meshes:
-            raise UnavailableDeviceError(
-                f"--device {self.name} trains on one core, and there are {launched} processes: torch's device meshes "
-                "have no groups for PyTorch/XLA; --device neuron (Trainium 2 and 3) trains on many"
-            )
         check_local_rank(local_rank, self.device_count(), "Trainium core", "NEURON_RT_NUM_CORES")
-        counted = int(_runtime().world_size())
-        if launched != counted:
-            raise ValueError(f"the launcher started {launched} ranks, torch_xla counts {counted}; see PJRT_DEVICE")
         device: torch.device = _xla().device()
+        _model().set_replication(device, [device])  # else torch_xla takes each process for one that is alone
+        launched = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        counted = int(_runtime().global_ordinal()), int(_runtime().world_size())
+        if launched != counted:
+            raise ValueError(
+                f"the launcher calls this rank {launched[0]} of {launched[1]}, torch_xla {counted[0]} of {counted[1]}; "
+                "start it with torchrun, as megatron.launch does, and see PJRT_DEVICE"
+            )
         return device
 
     def synchronize(self) -> None:
@@ -138,6 +140,16 @@ class NeuronXla:
 def accelerator() -> Accelerator:
     """AWS Trainium through PyTorch/XLA."""
     return NeuronXla()
+
+
+def communicator(groups: Sequence[Sequence[int]]) -> ProcessGroup:
+    """See `mpu.groups.Communicator`; needs torch.distributed, of any backend."""
+    importlib.import_module("torch_xla.distributed.xla_backend")  # which registers itself
+    # Not `dist.new_group`, which torch_xla replaces by one that wants everything to be of its backend.
+    made: list[Any] = [dist.distributed_c10d.new_group(list(ranks), backend="xla") for ranks in groups]
+    own: ProcessGroup = next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
+    own._mesh = [list(ranks) for ranks in groups]  # type: ignore[attr-defined]  # as its option "mesh" does
+    return own
 
 
 def _xla() -> ModuleType:

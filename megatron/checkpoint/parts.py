@@ -113,6 +113,11 @@ class Parts:
         """Shape of the logical tensor, under the name that a tensor has it."""
         return self.shape
 
+    @classmethod
+    def of_tensor(cls, tensor: Tensor, place: Place) -> Parts:
+        """What a rank's own tensor is in the logical one: a single box, into which a checkpoint is loaded."""
+        return cls(torch.Size(place.shape), tensor.dtype, {torch.Size(place.offsets): tensor.detach()})
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Parts:
         """The same boxes with other tensors of the same shapes, such as copies."""
         return Parts(self.shape, self.dtype, {offsets: change(tensor) for offsets, tensor in self.held.items()})

@@ -97,7 +97,6 @@ def build_data_iterators(
     vocab_size: int,
     eod: int,
     consumed: Consumed = Consumed(),
-    device: torch.device | None = None,
     pin_memory: bool = False,
     report: Callable[[str], None] = lambda line: None,
     fim: Fim | None = None,
@@ -112,7 +111,6 @@ def build_data_iterators(
         vocab_size: token ids outside of it are refused.
         eod: end-of-document token.
         consumed: where to go on.
-        device: where ranks tell each other whether it worked.
         pin_memory: page-locked batches.
         report: receives lines for the log.
         fim: see `build_datasets`.
@@ -138,7 +136,7 @@ def build_data_iterators(
         seq_length=settings.seq_length,
         part=part,
     )
-    with _Agreement(device):
+    with _Agreement():
         datasets = build_datasets(settings, counts, vocab_size=vocab_size, eod=eod, report=report, fim=fim)
         return DataIterators(
             train=_train_stream(settings, datasets.train, consumed.train, options),
@@ -174,21 +172,17 @@ def _eval_stream(dataset: Samples | None, wanted: int | None, start: int, option
 class _Agreement:
     """A block that fails on every rank when it fails on one, instead of leaving the others to wait for it."""
 
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device
-
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        failed = torch.tensor([0.0 if error is None else 1.0], device=self._device)
-        dist.all_reduce(failed)
-        if error is None and failed.item() > 0:
-            raise DataError(
-                f"The data could not be prepared on {int(failed.item())} other rank(s); see their messages."
-            )
+        prepared = [True] * dist.get_world_size()
+        dist.all_gather_object(prepared, error is None)
+        failed = prepared.count(False)
+        if error is None and failed:
+            raise DataError(f"The data could not be prepared on {failed} other rank(s); see their messages.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 
 from megatron.accelerators import select
-from megatron.mpu.groups import ProcessGroups, build_groups
+from megatron.mpu.groups import ProcessGroups, build_groups, check_sums_suffice
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, build_table
 from megatron.training.setup import SetupError, join
@@ -53,4 +53,8 @@ def start(device: str, *, tp: int, pp: int, env: Mapping[str, str]) -> Session:
     chosen = accelerator.set_device(int(env.get("LOCAL_RANK", "0")))
     if world > 1:
         join(accelerator.collective_backend, env, _TIMEOUT)
-    return Session(chosen, ops, build_groups(Topology(world, tp=tp, pp=pp), accelerator.torch_device_type))
+    topology, communicator = Topology(world, tp=tp, pp=pp), accelerator.capabilities.communicator
+    if communicator is not None:
+        check_sums_suffice(topology)
+    groups = build_groups(topology, accelerator.torch_device_type, communicator=communicator)
+    return Session(chosen, ops, groups)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron.accelerators import load
 from megatron.config.run import RunConfig, parse
 from megatron.launch import describe
 from megatron.launch.hostfile import is_own_address
@@ -42,7 +43,12 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 def resolve(plan: Plan, env: Mapping[str, str]) -> RunConfig:
     """The trainer's settings as the first process will see them. Raises ValueError for what it would refuse."""
     first = {**env, "WORLD_SIZE": str(plan.world_size), "RANK": "0", "LOCAL_RANK": "0"}
-    return parse(plan.flags, first, read_record=_read_record)
+    run, accelerator = parse(plan.flags, first, read_record=_read_record), load(plan.device)
+    if accelerator.capabilities.communicator is not None:
+        from megatron.training.setup import run_topology  # needs more of torch than other launches
+
+        run_topology(run, accelerator)
+    return run
 
 
 def _read_record(settings: Mapping[str, Any]) -> Mapping[str, Any]:

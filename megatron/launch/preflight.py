@@ -200,7 +200,9 @@ def _collective(accelerator: Accelerator | None, device: torch.device, patience:
     if accelerator is None or not all(ready):
         return "not tried, as not every process has its device"
     try:
-        group = dist.new_group(backend=accelerator.collective_backend, timeout=patience)
+        make = accelerator.capabilities.communicator
+        everybody = [list(range(size))]
+        group = make(everybody) if make else dist.new_group(backend=accelerator.collective_backend, timeout=patience)
         number = torch.ones(1024, device=device)
         dist.all_reduce(number, group=group)
         accelerator.synchronize()

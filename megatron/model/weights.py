@@ -105,6 +105,16 @@ def place_of(
     return shape, _own_part(name, shape, groups)
 
 
+def holders(name: str, groups: ProcessGroups) -> int:
+    """Ranks of a pipeline stage that hold the same part of a parameter, if data-parallel ranks do not split it."""
+    ranks, copies = groups.dp_cp.size, _kv_copies(groups)
+    if is_replicated_kv(name, copies):
+        ranks *= copies
+    elif shard_dim(name) is None:
+        ranks *= groups.tp.size
+    return ranks // expert_group(groups).size if is_expert(name) else ranks
+
+
 def _own_part(name: str, shape: tuple[int, ...], groups: ProcessGroups) -> tuple[slice, ...]:
     index = local_slice(name, shape, groups.tp.rank, groups.tp.size, _kv_copies(groups))
     return _own_experts(shape, index, expert_group(groups)) if is_expert(name) else index

@@ -44,7 +44,6 @@ def build_data(
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         consumed=Consumed(train=plan.read(state.samples), valid=state.valid_samples),
-        device=session.device,
         pin_memory=session.accelerator.capabilities.pinned_memory,
         report=report,
         fim=fim(config, tokenizer) if config.data.fim_data else None,

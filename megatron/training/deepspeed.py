@@ -19,11 +19,10 @@ from megatron.accelerators.base import Accelerator
 from megatron.checkpoint import Loaded
 from megatron.data.batch import Batch
 from megatron.model.inputs import Auxiliary
-from megatron.model.weights import place_of
+from megatron.model.weights import holders, place_of
 from megatron.mpu.eight_bit import EightBitScaling
-from megatron.mpu.expert_parallel import expert_group
 from megatron.mpu.groups import ProcessGroups
-from megatron.mpu.sharding import is_expert, is_replicated_kv, shard_dim
+from megatron.mpu.sharding import is_replicated_kv, shard_dim
 from megatron.training import gradients
 from megatron.training.deepspeed_scale import read_scale, write_scale
 from megatron.training.deepspeed_state import DeepSpeedState
@@ -120,16 +119,13 @@ def mark_split_parameters(model: nn.Module, groups: ProcessGroups) -> None:
     They are named logically. DeepSpeed's norm counts split parameters on every tensor-parallel rank and the others on
     the first one, so of the copies of a key-value head the first is called split.
     """
-    copies, ranks = groups.kv_copies, groups.dp_cp.size
+    copies = groups.kv_copies
     for name, parameter in model.named_parameters():
         split = groups.tp.size > 1 and shard_dim(name) is not None
-        holders = ranks if split else ranks * groups.tp.size
         if copies is not None and is_replicated_kv(name, copies.size):
-            split, holders = copies.rank == 0, ranks * copies.size
-        if is_expert(name):
-            holders //= expert_group(groups).size
+            split = copies.rank == 0
         parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
-        parameter.holders = holders  # type: ignore[attr-defined]
+        parameter.holders = holders(name, groups)  # type: ignore[attr-defined]
 
 
 class DeepSpeedEngine:
@@ -316,4 +312,4 @@ class DeepSpeedEngine:
         return self._norm(copies)
 
     def _norm(self, copies: gradients.ByCopies) -> float:
-        return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
+        return math.sqrt(self._groups.sum_over_ranks(gradients.square_sum(copies, self._device)).item())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from megatron.model.weights import holders
+from megatron.mpu.groups import ProcessGroups
+from megatron.mpu.local import local
 
 ByCopies = Mapping[int, Sequence[torch.Tensor]]
 """Local tensors grouped by the number of ranks that hold the same elements."""
@@ -23,18 +26,30 @@ def shards(tensor: torch.Tensor) -> int:
     return math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
 
 
-def group_by_copies(tensors: Iterable[torch.Tensor], ranks: int) -> ByCopies:
-    """Local parts of `tensors`, each held by `ranks` ranks together."""
+def copies_of(name: str, parameter: torch.Tensor, groups: ProcessGroups) -> int:
+    """Number of ranks of a pipeline stage that hold the same elements of a parameter, by its logical name."""
+    if isinstance(parameter, DTensor):
+        return groups.world.size // groups.pp.size // shards(parameter)
+    return holders(name, groups)
+
+
+def group_by_copies(tensors: Mapping[str, torch.Tensor], copies: Mapping[str, int]) -> ByCopies:
+    """Local parts of `tensors`, by the number of their copies."""
     groups: dict[int, list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        groups[ranks // shards(tensor)].append(local)
+    for name, tensor in tensors.items():
+        groups[copies[name]].append(local(tensor))
     return groups
 
 
-def gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The gradients that exist, without those of frozen parameters."""
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def sum_over_data(parameters: Mapping[str, nn.Parameter], groups: ProcessGroups, dtype: torch.dtype) -> None:
+    """Sum gradients that are plain tensors over the ranks that hold the same weights, in `dtype`, in place."""
+    for gradient in gradients(parameters).values():
+        gradient.copy_(groups.sum_over_data(gradient.to(dtype)))
 
 
 def square_sum(tensors: ByCopies, device: torch.device) -> torch.Tensor:
@@ -53,10 +68,3 @@ def zero_count(tensors: ByCopies, device: torch.device) -> torch.Tensor:
         for tensor in group:
             total += (tensor.numel() - torch.count_nonzero(tensor)) / copies
     return total
-
-
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Sum of `value` over all ranks, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value

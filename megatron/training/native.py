@@ -24,9 +24,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron import checkpoint
 from megatron.accelerators.base import Accelerator
-from megatron.checkpoint import Loaded, TrainingState
+from megatron.checkpoint import Loaded, Place, Stored, TrainingState
 from megatron.data.batch import Batch
 from megatron.model.gpt import GPT
+from megatron.model.weights import place_of
 from megatron.mpu.eight_bit import EightBitScaling
 from megatron.mpu.groups import ProcessGroups
 from megatron.ops import ClipFunction
@@ -62,11 +63,14 @@ class NativeSettings:
 def shard_data_parallel(
     model: nn.Module, blocks: Iterable[nn.Module], groups: ProcessGroups, s: NativeSettings
 ) -> bool:
-    """Apply FSDP2 to the blocks and to what remains of the model; False where one rank holds it alone.
+    """Apply FSDP2 to the blocks and to what remains of the model; False where that is not for it.
 
-    Such a rank has nothing to shard or to reduce. Stages of a pipeline in 16 bits are still wrapped: schedules that
-    compute weight gradients later write them past the hooks that `HalfWeights` needs.
+    A rank that holds them alone has nothing to shard or to reduce; where there are no meshes, there is no FSDP2.
+    Stages of a pipeline in 16 bits are still wrapped: schedules that compute weight gradients later write them past the
+    hooks that `HalfWeights` needs.
     """
+    if groups.mesh is None:
+        return False
     if groups.dp_cp.size == 1 and (groups.pp.size == 1 or s.dtype == torch.float32):
         return False
     policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=s.reduce_dtype, cast_forward_inputs=False)
@@ -123,14 +127,15 @@ class NativeEngine:
         self._vocab_size = vocab_size
         self._groups = groups
         self._device = device
-        self._settings = settings
+        self._settings, self._cut_graph = settings, accelerator.end_of_micro_step
+        self._copies = {name: gradients.copies_of(name, parameter, groups) for name, parameter in parameters.items()}
 
     def train_step(self, microbatches: Sequence[Batch], settings: StepSettings) -> StepResult:
         """Forward and backward of the micro-batches, then one step of the optimizer; see `Engine`."""
         loss, routed = self._accumulate_gradients(microbatches)
         if self._eight_bit is not None:
             self._eight_bit.after_step()
-        copies = self._by_copies(gradients.gradients(self._parameters.values()))
+        copies = self._by_copies(gradients.gradients(self._parameters))
         zeros = self._count_zeros(copies)
         scale = self.loss_scale
         norm = self._clip(copies, scale.value)
@@ -154,8 +159,8 @@ class NativeEngine:
 
     def parameters_norm(self) -> float:
         """L2 norm of all parameters; see `Engine`."""
-        copies = self._by_copies(self._parameters.values())
-        return math.sqrt(gradients.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
+        copies = self._by_copies(self._parameters)
+        return math.sqrt(self._groups.sum_over_ranks(gradients.square_sum(copies, self._device)).item())
 
     def save(self, target: SaveTarget, iteration: int, progress: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Write a checkpoint that any layout can read; see `Engine`."""
@@ -193,14 +198,21 @@ class NativeEngine:
             self.loss_scale = self.loss_scale.resumed(loaded.progress["loss_scale"])
         return loaded
 
-    def _tensors(self, *, optimizer: bool) -> dict[str, torch.Tensor]:
+    def _tensors(self, *, optimizer: bool) -> dict[str, Stored]:
         """What a checkpoint holds, by logical name."""
         named = self._parameters.items()
         tensors: dict[str, torch.Tensor] = {f"model.{name}": parameter for name, parameter in named}
-        if not optimizer:
-            return tensors
-        scaling = {} if self._eight_bit is None else self._eight_bit.tensors()
-        return tensors | checkpoint.optimizer_tensors(self.optimizer, named) | scaling
+        if optimizer:
+            tensors |= checkpoint.optimizer_tensors(self.optimizer, named)
+        stored = {key: self._stored(key, tensor) for key, tensor in tensors.items()}
+        return stored if self._eight_bit is None or not optimizer else stored | self._eight_bit.tensors()
+
+    def _stored(self, key: str, tensor: torch.Tensor) -> Stored:
+        """A tensor with what a checkpoint must know of it: which part of the logical one it is, if it does not say."""
+        if self._groups.mesh is not None or self._groups.tp.size == 1 or tensor.dim() == 0:
+            return tensor
+        name = key.removeprefix("model.") if key.startswith("model.") else key.split(".", 2)[2]
+        return checkpoint.Parts.of_tensor(tensor, Place(*place_of(name, tensor.shape, self._groups)))
 
     def _accumulate_gradients(self, microbatches: Sequence[Batch]) -> tuple[float, RouterReport | None]:
         """Gradients of the mean loss over the global batch, times the loss scale; returns that mean loss.
@@ -213,8 +225,15 @@ class NativeEngine:
         loss_sum = self._pipeline.train(microbatches, scale / tokens, auxiliary)
         if self._tied is not None:
             self._tied.collect_gradient()
+        self._sum_gradients()
         report = None if router is None or auxiliary is None else router.report(auxiliary, count)
         return (self._groups.sum_over_data(loss_sum) / tokens).item(), report
+
+    def _sum_gradients(self) -> None:
+        """Sum the gradients over the data-parallel ranks, where FSDP2 has not done so in backward."""
+        if self._groups.mesh is None and self._groups.dp_cp.size > 1:
+            gradients.sum_over_data(self._parameters, self._groups, self._settings.reduce_dtype)
+            self._cut_graph()  # or a lazy device would sum them again for every number that the host reads
 
     def _reshard(self) -> None:
         """Back to the sharded parameters, known to optimizer and checkpoints: a forward alone leaves them gathered."""
@@ -230,8 +249,8 @@ class NativeEngine:
         stage.set_is_last_backward(last)
         stage.set_reshard_after_backward(last or self._settings.stage == 3)
 
-    def _by_copies(self, tensors: Iterable[torch.Tensor]) -> gradients.ByCopies:
-        return gradients.group_by_copies(tensors, self._groups.world.size // self._groups.pp.size)
+    def _by_copies(self, tensors: Mapping[str, torch.Tensor]) -> gradients.ByCopies:
+        return gradients.group_by_copies(tensors, self._copies)
 
     def _clip(self, copies: gradients.ByCopies, scale: float) -> float:
         """Divide the gradients by the loss scale and clip them; returns their norm before that, over all ranks."""
@@ -240,14 +259,14 @@ class NativeEngine:
             self._device,
             limit=self._settings.clip_grad,
             scale=scale,
-            sum_over_ranks=gradients.sum_over_ranks if self._groups.world.size > 1 else None,
+            sum_over_ranks=self._groups.sum_over_ranks if self._groups.world.size > 1 else None,
         )
         return norm.item()
 
     def _count_zeros(self, copies: gradients.ByCopies) -> int | None:
         if not self._settings.count_zeros:
             return None
-        return round(gradients.sum_over_ranks(gradients.zero_count(copies, self._device)).item())
+        return round(self._groups.sum_over_ranks(gradients.zero_count(copies, self._device)).item())
 
     def _step_optimizer(self, settings: StepSettings) -> None:
         set_schedules(self.optimizer, settings)

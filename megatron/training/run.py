@@ -18,6 +18,7 @@ from megatron.config import dump
 from megatron.config.architecture import Architecture
 from megatron.config.phases import phases
 from megatron.config.run import RunConfig
+from megatron.mpu.collectives import MAX, all_reduce
 from megatron.mpu.schedule import describe
 from megatron.training.anomalies import AnomalyWatch
 from megatron.training.build import build_engine, stage_layout
@@ -117,7 +118,7 @@ def build_training(config: RunConfig, session: Session, started: float, dog: Wat
         timers=timers,
         printers=reporter.printers,
         exits=exit_rules(config, started, os.environ),
-        all_reduce_max=lambda value: _all_reduce_max(value, session.device),
+        all_reduce_max=lambda value: _all_reduce_max(value, session),
         rank=session.groups.world.rank,
         save_target=save_target(config, say, dog.progress),
         go_back=go_back,
@@ -214,9 +215,8 @@ def _export(config: RunConfig, training: Training, session: Session) -> None:
     export(settings.save, training.saved_at, settings.save_hf, dtype, session.printers.rank0)
 
 
-def _all_reduce_max(value: int, device: torch.device) -> int:
-    if dist.get_world_size() == 1:
+def _all_reduce_max(value: int, session: Session) -> int:
+    world = session.groups.world
+    if world.size == 1:
         return value
-    highest = torch.tensor(value, device=device)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    return int(highest.item())
+    return int(all_reduce(torch.tensor(value, device=session.device), world, MAX).item())

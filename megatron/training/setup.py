@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.accelerators import Accelerator, deepspeed_environment, select
 from megatron.config.run import RunConfig
 from megatron.mpu.expert_parallel import with_experts
-from megatron.mpu.groups import ProcessGroups, build_groups, single_process
+from megatron.mpu.groups import ProcessGroups, build_groups, check_sums_suffice
 from megatron.mpu.topology import Topology
 from megatron.ops import Ops, UnavailableOpError, build_table, implementations
 from megatron.training.report import Printers
@@ -45,6 +45,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     """
     _quiet_dependencies()
     accelerator = select(config.device.device)
+    topology = run_topology(config, accelerator)
     backend = _backend(config, accelerator)
     asked = asked_implementations(config, accelerator)
     ops, op_lines = build_table(accelerator, asked)
@@ -53,7 +54,7 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
         os.environ.update(deepspeed_environment(accelerator, env))
     device = accelerator.set_device(config.parallel.local_rank)
     join(backend, env, timedelta(minutes=config.parallel.distributed_timeout_minutes))
-    groups = _groups(config, accelerator)
+    groups = _groups(config, accelerator, topology)
     printers = Printers.of(dist.get_rank(), dist.get_world_size())
     for line in (f"device: {accelerator.name}, {accelerator.device_description()}; collectives: {backend}", *op_lines):
         printers.rank0(line)
@@ -62,10 +63,12 @@ def start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Session:
     )
 
 
-def _groups(config: RunConfig, accelerator: Accelerator) -> ProcessGroups:
-    """The groups of this process, which is alone on a device that torch has no meshes for."""
-    if not accelerator.capabilities.device_meshes:
-        return single_process()
+def run_topology(config: RunConfig, accelerator: Accelerator) -> Topology:
+    """The grid of ranks.
+
+    Raises:
+        ValueError: the device cannot have such a grid.
+    """
     parallel = config.parallel
     topology = Topology(
         parallel.world_size,
@@ -75,11 +78,18 @@ def _groups(config: RunConfig, accelerator: Accelerator) -> ProcessGroups:
         ep=config.moe.moe_expert_parallel_size,
         ulysses=parallel.ulysses_parallel_size,
     )
+    if accelerator.capabilities.communicator is not None:
+        check_sums_suffice(topology, parallel.zero_stage_native)
+    return topology
+
+
+def _groups(config: RunConfig, accelerator: Accelerator, topology: Topology) -> ProcessGroups:
     groups = build_groups(
         topology,
         accelerator.torch_device_type,
         dp_replicas=_replicas(config, topology),
-        kv_copies=parallel.kv_replicator,
+        kv_copies=config.parallel.kv_replicator,
+        communicator=accelerator.capabilities.communicator,
     )
     return with_experts(groups, accelerator.torch_device_type, copies=_expert_copies(config))
 

@@ -5,6 +5,7 @@ What is tested is that each call exists under that name, goes through, and is ma
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,12 +25,18 @@ def sync(wait=False): SYNCS.append(wait)
     "torch_xla/runtime.py": """
 import os
 def device_type(): return os.environ.get("PJRT_DEVICE", "CPU")
-def addressable_device_count(): return 2
-def world_size(): return int(os.environ.get("STAND_IN_WORLD_SIZE", "1"))
+def local_device_count(): return 2
+def global_ordinal(): return int(os.environ.get("STAND_IN_RANK", os.environ.get("RANK", "0")))
+def world_size(): return REPLICAS[0]
+REPLICAS = [1]
 """,
     "torch_xla/core/__init__.py": "",
     "torch_xla/core/xla_model.py": """
+import os
+from torch_xla import runtime
 STATE = [0]
+def set_replication(device, devices):
+    runtime.REPLICAS[0] = int(os.environ.get("STAND_IN_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 def set_rng_state(seed): STATE[0] = seed
 def get_rng_state(): return STATE[0]
 def get_memory_info(device): return {"bytes_used": 5, "bytes_limit": 100, "peak_bytes_used": 7}
@@ -72,9 +79,7 @@ def _other_world(folder: str) -> str:
 
 def _several(folder: str) -> str:
     sys.path.insert(0, folder)
-    with pytest.raises(accelerators.UnavailableDeviceError) as refusal:
-        accelerators.select("neuron_xla").set_device(0)
-    return str(refusal.value)
+    return str(accelerators.select("neuron_xla").set_device(int(os.environ["LOCAL_RANK"])))
 
 
 @pytest.fixture
@@ -95,12 +100,12 @@ def test_other_hardware_is_refused(folder):
     ]
 
 
-def test_ranks_that_torch_xla_does_not_count_are_refused(folder):
-    env = {"PJRT_DEVICE": "NEURON", "STAND_IN_WORLD_SIZE": "4"}
-    (message,) = run_ranks(1, _other_world, folder, env=env, init=False)
-    assert "the launcher started 1 ranks, torch_xla counts 4" in message
+@pytest.mark.parametrize("other", [{"STAND_IN_WORLD_SIZE": "4"}, {"STAND_IN_RANK": "3"}])
+def test_ranks_that_torch_xla_numbers_otherwise_are_refused(folder, other):
+    (message,) = run_ranks(1, _other_world, folder, env={"PJRT_DEVICE": "NEURON", **other}, init=False)
+    found = f"torch_xla {other.get('STAND_IN_RANK', 0)} of {other.get('STAND_IN_WORLD_SIZE', 1)}"
+    assert f"the launcher calls this rank 0 of 1, {found}" in message
 
 
-def test_several_processes_are_refused(folder):
-    for message in run_ranks(2, _several, folder, env={"PJRT_DEVICE": "NEURON"}, init=False):
-        assert "trains on one core, and there are 2 processes" in message and "--device neuron " in message
+def test_several_processes_have_a_core_each(folder):
+    assert run_ranks(2, _several, folder, env={"PJRT_DEVICE": "NEURON"}, init=False) == ["cpu", "cpu"]

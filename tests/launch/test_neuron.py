@@ -53,6 +53,17 @@ def test_compiling_takes_a_few_steps_of_the_real_run_and_keeps_nothing(name):
     assert run.checkpoint.save is None and run.checkpoint.load is None
 
 
+def test_trainium_1_says_what_to_set_in_the_scripts(tmp_path):
+    def tried(*flags: str, **variables: str) -> tuple[int, str]:
+        script = "neuron/run_llama2_13B_tp_pp.sh"
+        code, _, error = launch_of(script, tmp_path, *flags, DEVICE="neuron_xla", TP_DEGREE="4", **variables).dry_run()
+        return code, error.partition(": set ")[2]
+
+    model = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "32000")
+    assert tried(*model) == (2, "--pipeline-model-parallel-size 1 (not 4), --zero-stage 0 (not 1)\n")
+    assert tried(*model, "--zero-stage", "0", PP_DEGREE="1") == (0, "")
+
+
 def test_measuring_stops_early():
     assert "--exit-interval 100" in _flags(PERF_TEST="1")
     assert "--exit-interval 7" in _flags(EARLY_EXIT_STEPS="7")

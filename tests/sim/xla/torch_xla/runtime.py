@@ -12,9 +12,14 @@ def device_type() -> str:
     return os.environ.get("PJRT_DEVICE", "CPU")
 
 
-def addressable_device_count() -> int:
+def local_device_count() -> int:
     """Cores of this node."""
     return int(torch.get_device_module("neuron").device_count())
+
+
+def global_ordinal() -> int:
+    """This rank, as the launcher's variables say."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

@@ -9,6 +9,10 @@ import torch
 _SEED = [0]
 
 
+def set_replication(device: torch.device, devices: list[torch.device]) -> None:
+    """In the real package: from now on the processes are ranks of each other."""
+
+
 def set_rng_state(seed: int, device: Any = None) -> None:
     """Seed the generator."""
     _SEED[0] = seed
