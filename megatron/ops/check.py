@@ -114,12 +114,12 @@ def unavailable(accelerator: Accelerator, ops: Sequence[str]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
-    lines = [f"{'operation':17}{'implementation':16}{'dtype':10}{'error':>9}{'allowed':>9}{'ms':>9}{'speed':>8}"]
+    lines = [f"{'operation':25}{'implementation':26}{'dtype':10}{'error':>9}{'allowed':>9}{'ms':>9}{'speed':>8}"]
     for row in rows:
         timed = "" if row.milliseconds is None else f"{row.milliseconds:9.2f}{row.speedup:7.2f}x"
         verdict = "" if row.passed else "  ERROR TOO LARGE"
         lines.append(
-            f"{row.op:17}{row.implementation:16}{row.dtype:10}{row.error:9.1e}{row.tolerance:9.0e}{timed}{verdict}"
+            f"{row.op:25}{row.implementation:26}{row.dtype:10}{row.error:9.1e}{row.tolerance:9.0e}{timed}{verdict}"
         )
     return "\n".join(lines)
 
