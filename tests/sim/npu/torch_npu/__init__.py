@@ -14,8 +14,8 @@ __version__ = "2.13.0+simulation"
 
 runtime.register("npu", npu)
 _operators.register()
-# torch_npu sums and then divides for AVG; HCCL reduces neither float64 (before the A5 chips) nor uint8.
-_communicators = runtime.register_collectives("npu", "hccl", averages=True, not_reduced=frozenset({"Double", "Byte"}))
+# torch_npu sums and then divides for AVG, and sums uint8 as int32; HCCL reduces no float64 (before the A5 chips).
+_communicators = runtime.register_collectives("npu", "hccl", averages=True, not_reduced=frozenset({"Double"}))
 _communication.register(_communicators)
 torch.Tensor.is_npu = property(lambda tensor: tensor.device.type == "npu")
 
