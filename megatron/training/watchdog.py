@@ -204,17 +204,21 @@ class Watchdog:
                 os._exit(_EXIT_CODE)
 
     def _beat(self) -> Beat:
+        """Tell the others where this rank is."""
+        beat = self._look()
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # whoever keeps the store has gone; `_read` tells
+                self._store.set(_key(self._rank), json.dumps(asdict(beat)))
+        return beat
+
+    def _look(self) -> Beat:
         helping = frame_of(self._helper) if self._helper else None
         place, waits = place_of(helping or sys._current_frames().get(self._main))
         if self._gave_up:
             place, waits = "a collective operation that it gave up", True
         self._number += 1
         idle = time.monotonic() - self._since
-        beat = Beat(self._number, socket.gethostname(), os.getpid(), self._doing, place, waits, idle)
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # whoever keeps the store has gone; `_read` tells
-                self._store.set(_key(self._rank), json.dumps(asdict(beat)))
-        return beat
+        return Beat(self._number, socket.gethostname(), os.getpid(), self._doing, place, waits, idle)
 
     def _say(self, what: str, limit: float = 0.0) -> bool:
         """Find out who still answers; the lowest such rank prints where all are.
@@ -223,13 +227,14 @@ class Watchdog:
             False, and nothing is printed, if a rank got further within the last `limit` seconds.
         """
         error = f"[rank {self._rank}] error: {what}."
-        before, own = self._read(), self._beat()
-        for _ in range(_BEATS_TO_ANSWER):
-            time.sleep(self._interval)
-            own = self._beat()
-        after = self._read()
+        if (before := self._read()) is not None:
+            for _ in range(_BEATS_TO_ANSWER):
+                time.sleep(self._interval)
+                self._beat()
+        after = None if before is None else self._read()
         if before is None or after is None:
-            sys.stderr.write(f"{error} The store that ranks meet at is gone. This one is in {own.place}\n")
+            keeper = "the process that keeps the store where ranks meet (torchrun, else rank 0) is gone or stopped"
+            sys.stderr.write(f"{error} {keeper}. This one is in {self._look().place}\n")
             return True
         silent = frozenset(rank for rank, beat in after.items() if beat is None or beat == before[rank])
         if any(beat.idle < limit for rank, beat in after.items() if beat is not None and rank not in silent):
@@ -243,17 +248,23 @@ class Watchdog:
         return True
 
     def _read(self) -> dict[int, Beat | None] | None:
-        """The last beat of each rank; None if the store cannot be read."""
+        """The last beat of each rank; None if the store cannot be read, and then it must not be used any more."""
         if self._store is None:
             return {self._rank: self._beat()}
-        keys = [_key(rank) for rank in range(self._world_size)]
-        try:
-            return {
-                rank: Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
-                for rank, key in enumerate(keys)
-            }
-        except RuntimeError:
-            return None
+        found: list[dict[int, Beat | None]] = []
+        # A store whose keeper is stopped answers nothing, for as long as that may take.
+        reader = threading.Thread(target=_read_into, args=(found, self._store, self._world_size), daemon=True)
+        reader.start()
+        reader.join(max(_SECONDS_BETWEEN_BEATS, _BEATS_TO_ANSWER * self._interval))
+        return found[0] if found else None
+
+
+def _read_into(found: list[dict[int, Beat | None]], store: dist.Store, world_size: int) -> None:
+    keys = [_key(rank) for rank in range(world_size)]
+    with contextlib.suppress(RuntimeError):  # whoever keeps the store has gone
+        found.append(
+            {rank: Beat(**json.loads(store.get(key))) if store.check([key]) else None for rank, key in enumerate(keys)}
+        )
 
 
 def _key(rank: int) -> str:

@@ -32,12 +32,19 @@ def run(main: Callable[[], None], world_size: int, folder: Path) -> tuple[list[i
     for process in processes:
         process.start()
     deadline = time.monotonic() + SECONDS_TO_NOTICE
+    while not all(process.exitcode is not None or _is_stopped(process.pid) for process in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes], [output.read_text() for output in outputs]
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process got SIGSTOP; only somebody else can end it."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _returns() -> None:

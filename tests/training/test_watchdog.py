@@ -66,13 +66,13 @@ def _watchdog(asked: float | None = SECONDS, collectives: float = 600.0) -> Watc
     return Watchdog(rank=dist.get_rank(), world_size=2, asked=asked, collectives=collectives, store=store)
 
 
-def _work(trouble: str, asked: float | None = SECONDS, collectives: float = 600.0) -> None:
+def _work(trouble: str, asked: float | None = SECONDS, collectives: float = 600.0, guilty: int = 1) -> None:
     with _watchdog(asked, collectives) as watchdog, watchdog.watched("training"):
         rank = dist.get_rank()
         for step in range(1_000_000):
             watchdog.begin(f"iteration {step}")
             dist.all_reduce(torch.ones(1))
-            if step == 20 and rank == 1:
+            if step == 20 and rank == guilty:
                 _stuck() if trouble == "hangs" else os.kill(os.getpid(), signal.SIGSTOP)
             watchdog.end_of_iteration()
 
@@ -87,6 +87,10 @@ def _hangs() -> None:
 
 def _is_stopped() -> None:
     _work("is stopped")
+
+
+def _first_is_stopped() -> None:
+    _work("is stopped", guilty=0)
 
 
 def _gives_up() -> None:
@@ -164,6 +168,13 @@ def test_a_stopped_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     assert codes == [1, -signal.SIGKILL]  # the stopped one is ended by `run`, as by a launcher
     assert "  rank 1: does not answer (process " in outputs[0]
     assert "is stopped, dead or out of reach); last seen: " in outputs[0]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_that_keeps_the_store_ends_the_others(tmp_path: Path) -> None:
+    codes, outputs = run(_first_is_stopped, 2, tmp_path)
+    assert codes == [-signal.SIGKILL, 1]
+    assert "(torchrun, else rank 0) is gone or stopped. This one is in _work (" in outputs[1]
 
 
 def test_nothing_happens_while_iterations_end_or_nobody_watches() -> None:
