@@ -3,8 +3,9 @@
     latest                                        "global_step100"
     global_step100/
       layer_LL-model_TT-model_states.pt           pipeline module LL, tensor-parallel rank TT
-    layer_M_expert_E_mp_rank_XX_model_states.pt expert E of the M-th layer with experts
-      mp_rank_XX_model_states.pt                  arguments and counters; without pipeline parallelism all weights
+    layer_M_expert_E_mp_rank_XX_model_states.pt expert E of the M-th layer with experts of a stage
+      mp_rank_XX_model_states.pt                  arguments and counters; without pipeline modules all weights, and with
+                                                  them those of a stage, if it has experts
       *zero_pp_rank_D_mp_rank_XX_optim_states.pt  optimizer state of data-parallel rank D, see `zero`
       expp_rank_E_mp_rank_XX_optim_states.pt      without ZeRO: not read, as parameters have no names there
 
@@ -30,13 +31,12 @@ from megatron.checkpoint.formats.megatron import (
     client_state,
     progress_in,
     record_in,
-    stage_slots,
     tracked,
     write_stage,
 )
 from megatron.checkpoint.formats.merge import Megatron, logical_weights, to_dialect
 from megatron.checkpoint.formats.model import StoredModel, check
-from megatron.checkpoint.formats.names import PIPELINE
+from megatron.checkpoint.formats.names import PIPELINE, Piece
 from megatron.checkpoint.formats.options import ReadOptions, WriteOptions, described_architecture, new_folder
 from megatron.checkpoint.formats.parts import even_stages
 from megatron.checkpoint.formats.torch_read import flatten, load_torch
@@ -47,8 +47,9 @@ _LATEST = "latest"
 _LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_EXPERT = re.compile(r".*\.layers\.(\d+)\..*\.deepspeed_experts\.(\d+)\..*")
-_MODULE = re.compile(r"(\d+|tied_modules\.embed)\.(.+)")
+_EXPERT = re.compile(r"(?:.*\.layers\.)?(\d+)\..*\.deepspeed_experts\.(\d+)\..*")
+_TIED = "tied_modules.embed."
+_MODULE = re.compile(rf"(\d+|{re.escape(_TIED[:-1])})\.(.+)")
 # Of the oldest DeepSpeed that this project works with: loading refuses files that name no version.
 _VERSION = "0.18.9"
 _EMBEDDING = "language_model.embedding."
@@ -191,10 +192,14 @@ def _ranks(pipeline: _Pipeline, states: Sequence[Mapping[str, Any]], path: Path)
     """The weights of each tensor-parallel rank."""
     if pipeline.ranks:
         return [in_memory(tensors) for tensors in pipeline.ranks]
-    ranks = [flatten(state.get("module")) for state in states]
+    files = [flatten(state.get("module")) for state in states]
+    size = len(files)
+    if all(_MODULE.fullmatch(name) for name in files[0]):  # of stages, which have different modules
+        size = sum(tensors.keys() == files[0].keys() for tensors in files)
     for child in sorted(path.iterdir()):
         if match := _EXPERT_FILE.fullmatch(child.name):
-            ranks[int(match[3])].update(flatten(load_torch(child)))
+            files[int(match[3])].update(flatten(load_torch(child)))
+    ranks = [dict(part for tensors in files[rank::size] for part in tensors.items()) for rank in range(size)]
     return [in_memory(tensors) for tensors in ranks]
 
 
@@ -229,13 +234,13 @@ def _union(stages: Sequence[LazyTensors], pipeline: _Pipeline) -> LazyTensors:
 def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     """Write weights, arguments and counters for `options.tp` ranks and `options.pp` stages.
 
-    The dialect "pipeline" makes files of pipeline modules; any other makes those of a model without them, as every
-    model with experts is.
+    The dialect "pipeline" makes files of pipeline modules, any other those of a model without them, which one with
+    experts is unless it has stages.
 
     Raises:
         CheckpointError: the model cannot be divided so, or `folder` is there already.
     """
-    dialect = options.dialect or (PIPELINE if model.arch.experts is None else "megatron")
+    dialect = options.dialect or (PIPELINE if model.arch.experts is None or options.pp > 1 else "megatron")
     whole = to_dialect(model, dialect, options)
     even_stages(model.arch.num_layers, options.pp)
     if not dialect.startswith(PIPELINE) and options.pp > 1:
@@ -248,13 +253,13 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
     with new_folder(folder) as temporary:
         (temporary / tag).mkdir()
         state = {**client_state(model, whole, options), **engine_state(model, options)}
-        if dialect.startswith(PIPELINE):
+        if dialect.startswith(PIPELINE) and model.arch.experts is None:
             _write_modules(temporary / tag, whole, options)
             for rank in range(options.tp * options.pp):
                 with TorchFile(temporary / tag / f"mp_rank_{rank:02d}_model_states.pt", {"module": None, **state}):
                     pass
         else:
-            _write_modules_as_one(temporary / tag, whole, state, options)
+            _write_stages(temporary / tag, whole, state, options)
         if model.assets.files:
             model.assets.copy_to(temporary / FOLDER)
         write_synced(temporary / TRACKER, str(model.iteration).encode())
@@ -263,9 +268,11 @@ def write(model: StoredModel, folder: Path, options: WriteOptions) -> None:
 
 def engine_state(model: StoredModel, options: WriteOptions) -> dict[str, Any]:
     """What DeepSpeed's engine looks for when it loads a checkpoint."""
+    experts = model.arch.experts
     none = ("optimizer", "lr_scheduler", "data_sampler", "random_ltd", "param_shapes", "frozen_param_shapes")
     return {
         **dict.fromkeys((*none, "frozen_param_fragments")),
+        **({} if experts is None else {"num_experts": [experts.count] * len(experts.layers)}),
         "buffer_names": [],
         "shared_params": {},
         "sparse_tensor_module_names": [],
@@ -290,18 +297,31 @@ def _write_modules(path: Path, whole: Megatron, options: WriteOptions) -> None:
         write_stage(paths, whole, slots, dict)
 
 
-def _write_modules_as_one(path: Path, whole: Megatron, state: Mapping[str, Any], options: WriteOptions) -> None:
-    """One file per tensor-parallel rank, and one per expert and rank."""
-    own: dict[str, str] = {}
-    experts: dict[tuple[int, int], dict[str, str]] = {}
-    for slot, name in stage_slots(whole, range(whole.num_layers), copy_embedding=False).items():
-        match = _EXPERT.fullmatch(name)
-        (own if match is None else experts.setdefault((int(match[1]), int(match[2])), {}))[slot] = name
-    paths = [path / f"mp_rank_{rank:02d}_model_states.pt" for rank in range(options.tp)]
-    write_stage(paths, whole, own, lambda tree: {"module": tree, **state})
-    flat = replace(whole, dialect=replace(whole.dialect, nested=()))
-    order = sorted({layer for layer, _ in experts})
-    for (layer, expert), slots in experts.items():
-        stem = f"layer_{order.index(layer)}_expert_{expert}_mp_rank_"
-        paths = [path / f"{stem}{rank:02d}_model_states.pt" for rank in range(options.tp)]
-        write_stage(paths, flat, slots, dict)
+def _write_stages(path: Path, whole: Megatron, state: Mapping[str, Any], options: WriteOptions) -> None:
+    """One file per stage and tensor-parallel rank, and one per expert of each."""
+    for stage, layers in enumerate(even_stages(whole.num_layers, options.pp)):
+        own: dict[str, str] = {}
+        experts: dict[tuple[int, int], dict[str, str]] = {}
+        for name in _stage_names(whole, layers):
+            match = _EXPERT.fullmatch(name)
+            (own if match is None else experts.setdefault((int(match[1]), int(match[2])), {}))[name] = name
+        first = stage * options.tp
+        numbers = [f"mp_rank_{first + rank:02d}_model_states.pt" for rank in range(options.tp)]
+        write_stage([path / number for number in numbers], whole, own, lambda tree: {"module": tree, **state})
+        flat = replace(whole, dialect=replace(whole.dialect, nested=()))
+        order = sorted({layer for layer, _ in experts})
+        for (layer, expert), slots in experts.items():
+            stem = f"layer_{order.index(layer)}_expert_{expert}_"
+            write_stage([path / f"{stem}{number}" for number in numbers], flat, slots, dict)
+
+
+def _stage_names(whole: Megatron, layers: range) -> list[str]:
+    """The full names of the tensors of a stage; a tied embedding is in the last one, too."""
+    first, last = layers.start == 0, layers.stop == whole.num_layers
+
+    def has(piece: Piece) -> bool:
+        if isinstance(piece.place, int):
+            return piece.place in layers
+        return first if piece.place == "first" and not (last and piece.name.startswith(_TIED)) else last
+
+    return [piece.full_name(whole.dialect) for piece in whole.table if has(piece)]

@@ -227,6 +227,7 @@ def pipeline_dialect(arch: Architecture, *, with_lambdas: bool = False) -> Diale
         },
         parts=_MEGATRON_PARTS,
         fused_gate=_MEGATRON_PARTS["mlp.up"],
+        experts=_DEEPSPEED_EXPERTS,
     )
 
 

@@ -44,6 +44,22 @@ def test_experts_have_files_of_their_own(tp: int, tmp_path: Path) -> None:
         open_model(tmp_path / "out", None, ReadOptions(optimizer=False))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2), (8, 4)])
+def test_experts_in_stages(tp: int, pp: int, tied: bool, tmp_path: Path) -> None:
+    """A stage numbers its layers with experts from 0 on."""
+    model = random_model(replace(FAMILIES["mixtral"], tied_embeddings=tied))
+    convert(model, "deepspeed", tmp_path / "out", WriteOptions(tp=tp, pp=pp, divisible_by=8))
+    path = tmp_path / "out" / "global_step0"
+    assert len(list(path.glob("layer_*_expert_*"))) == 4 * 4 * tp
+    expert = torch.load(path / f"layer_0_expert_1_mp_rank_{tp * pp - 1:02d}_model_states.pt")
+    first = 4 - 4 // pp  # layer of the last stage, which is the second module and the following
+    down = model.weights.read(f"layers.{first}.mlp.experts.down.weight")[1]
+    name = f"{first + 2}.mlp.deepspeed_moe.experts.deepspeed_experts.1.dense_4h_to_h.weight"
+    assert torch.equal(expert[name], down[:, 48 - 48 // tp :])
+    assert_equal(open_model(tmp_path / "out", None, READ), model)
+
+
 @pytest.mark.parametrize("dialect", ["megatron", "ascendspeed", "modellink-merged", "pipeline-lambdas"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_other_dialects(dialect: str, tp: int, tmp_path: Path) -> None:

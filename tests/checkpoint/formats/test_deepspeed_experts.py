@@ -47,6 +47,41 @@ class _Model(nn.Module):
         return sum(((parameter.float() * x) ** 2).mean() for parameter in self.parameters())
 
 
+class _Module(Node):
+    """One module of a pipeline, with DeepSpeed's MoE if `tensors` are of a layer."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__({name: tensor for name, tensor in tensors.items() if "deepspeed_moe" not in name})
+        if "input_layernorm.weight" in tensors:
+            self.add_module("mlp", MoE(32, _Expert(), num_experts=EXPERTS, k=2))
+
+
+def _load_in_stages(folder: Path) -> None:
+    """What a pipeline of two stages loads."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    modules: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _whole(random_model(FAMILIES["mixtral"]), "pipeline").items():
+        number, _, inner = name.partition(".")
+        modules.setdefault(int(number), {})[inner] = torch.zeros_like(tensor)
+    specs = [lambda x: x, *(LayerSpec(_Module, tensors) for _, tensors in sorted(modules.items()))]
+    module = PipelineModule(specs, num_stages=2, loss_fn=lambda outputs, _: outputs.sum(), partition_method="uniform")
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        [{"params": list(module.parameters()), "name": "all"}]
+    )
+    engine = deepspeed.initialize(model=module, config=_config(1), model_parameters=groups)[0]
+    engine.load_checkpoint(str(folder), load_module_only=True, load_lr_scheduler_states=False)
+    loaded = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    torch.save(loaded, folder / f"loaded_{torch.distributed.get_rank()}.pt")
+
+
 def _engine(stage: int, expert_parallel: int, **checkpoint: Any) -> Any:
     import deepspeed
     import deepspeed.ops
@@ -109,3 +144,13 @@ def test_deepspeed_resumes_experts_from_a_universal_checkpoint(tmp_path: Path) -
     assert "expert-parallel size 1 only" in said[0]
     run_ranks(RANKS, _resume, tmp_path)
     _assert_holds(model, tmp_path, 1)
+
+
+def test_a_pipeline_of_deepspeed_loads_experts(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["mixtral"])
+    convert(model, "deepspeed", tmp_path, WriteOptions(pp=2, divisible_by=8))
+    run_ranks(2, _load_in_stages, tmp_path)
+    loaded = {n: t for stage in range(2) for n, t in torch.load(tmp_path / f"loaded_{stage}.pt").items()}
+    expected = _whole(model, "pipeline")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
