@@ -169,7 +169,7 @@ FEATURES = (
         "CUDA code through the vendor's migration layer",
         {
             "hpu": "tests/patches/test_patches.py::test_bloom_through_gaudis_migration_toolkit",
-            "npu": "tests/patches/test_patches.py::test_llama_through_ascends_transfer_to_npu",
+            "npu": "tests/patches/test_patches.py::test_llama_with_deepspeed_through_ascends_transfer_to_npu",
             "neuron_xla": "tests/patches/test_patches.py::test_llama_through_pytorch_xla",
         },
     ),
