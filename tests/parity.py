@@ -21,6 +21,8 @@ from pathlib import Path
 from tests.support import run_ranks
 
 STEPS = 20
+SHORT = 4
+"""Steps of a test: the first one has a learning rate of 0, so that two updates show in the third and the fourth."""
 FLOAT32_TOLERANCE = 1e-5
 """Relative. Sums in another order differ by about 1e-7 per step in float32; 20 steps of Adam let that grow."""
 

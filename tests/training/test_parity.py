@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity import ENGINES, SHALLOW, Layout, agrees, curve, difference, layout_of, one_process
+from tests.parity import ENGINES, SHALLOW, SHORT, Layout, agrees, curve, difference, layout_of, one_process
 
-SHORT = 4
 BFLOAT16_TOLERANCE = 5e-3
 """Relative, of the loss: activations have 8 bits, and other layouts round sums of them in another order."""
 

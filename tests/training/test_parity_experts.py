@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity import EXPERTS, agrees, layout_of
+from tests.parity import EXPERTS, SHORT, agrees, layout_of
 
-SHORT = 4
 TELLING = (
     ("EP2 TP2 SP", "native stage 3"),
     ("EP2 PP2 zero-bubble", "native stage 1"),

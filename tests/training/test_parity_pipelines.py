@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity import PIPELINES, agrees, layout_of
+from tests.parity import PIPELINES, SHORT, agrees, layout_of
 from tests.training.test_parity import CHUNKED
 
-SHORT = 4
 QUICK = (("PP2 1f1b", "native stage 1"),)
 WITHOUT_LOGITS = "PP4 1f1b, tied embeddings"
 """The last stage has the losses, by the embedding of the first."""

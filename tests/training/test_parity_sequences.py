@@ -13,6 +13,7 @@ from tests.parity import (
     FLOAT32_TOLERANCE,
     MODEL,
     SEQUENCES,
+    SHORT,
     TRAINING,
     Layout,
     agrees,
@@ -25,7 +26,7 @@ from tests.parity import (
 from tests.support import run_ranks
 from tests.training.test_parity import BFLOAT16_TOLERANCE
 
-SHORT, HALF = 4, 2
+HALF = SHORT // 2
 TELLING = (
     *(("CP2", "native stage 0"), ("CP2 DP2", "native stage 3"), ("CP2 TP2 SP", "DeepSpeed ZeRO-1")),
     *(("CP2 PP2", "DeepSpeed ZeRO-1"), ("Ulysses 2 DP2", "DeepSpeed ZeRO-3"), ("CP2 Ulysses 2", "native stage 1")),
