@@ -48,10 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         normalizers = torch.full(targets.shape, -torch.inf, dtype=wide, device=x.device)
         of_label = torch.zeros_like(normalizers)
         for block in _blocks(rows, columns):
-            scores = F.linear(tokens, weight[block]).to(wide)
-            column, held = _columns(targets, block)
-            of_label += scores.gather(1, column)[:, 0] * held
-            normalizers = torch.logaddexp(normalizers, scores.logsumexp(dim=-1))
+            normalizer, label = _parts(F.linear(tokens, weight[block]).to(wide), targets, block)
+            normalizers = torch.logaddexp(normalizers, normalizer)
+            of_label += label
         ctx.save_for_backward(x, weight, targets, normalizers)
         ctx.rows, ctx.columns = rows, columns
         return normalizers.view(labels.shape), of_label.view(labels.shape)
@@ -60,15 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_of_label: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, targets, normalizers = ctx.saved_tensors
-        tokens, grad, grad_of_label = x.flatten(0, -2), grad.flatten()[:, None], grad_of_label.flatten()
-        grad_tokens = torch.zeros_like(tokens, dtype=normalizers.dtype)
+        tokens, grads = x.flatten(0, -2), (grad.flatten(), grad_of_label.flatten())
+        wide = normalizers.dtype
+        grad_tokens = torch.zeros_like(tokens, dtype=wide)
         grad_weight = torch.zeros_like(weight)
         for block in _blocks(ctx.rows, ctx.columns):
-            scores = F.linear(tokens, weight[block]).to(normalizers.dtype)
-            column, held = _columns(targets, block)
-            scores.sub_(normalizers[:, None]).exp_().mul_(grad)
-            scores.scatter_add_(1, column, (grad_of_label * held)[:, None])
-            grad_scores = scores.to(x.dtype)
+            wide_scores = _gradient(F.linear(tokens, weight[block]).to(wide), targets, block, normalizers, *grads)
+            grad_scores = wide_scores.to(x.dtype)
+            del wide_scores  # before the next block's
             grad_tokens += grad_scores @ weight[block]
             torch.mm(grad_scores.t(), tokens, out=grad_weight[block])
         return grad_tokens.to(x.dtype).view(x.shape), grad_weight, None, None, None
@@ -76,6 +74,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, min(start + columns, rows)) for start in range(0, rows, columns))
+
+
+def _parts(scores: Tensor, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Of the logits [tokens, columns] of a block: their logsumexp, and those of the labels in it, else 0."""
+    column, held = _columns(targets, block)
+    return scores.logsumexp(dim=-1), scores.gather(1, column)[:, 0] * held
+
+
+def _gradient(
+    scores: Tensor, targets: Tensor, block: slice, normalizers: Tensor, grad: Tensor, grad_of_label: Tensor
+) -> Tensor:
+    """The gradient of the logits of a block, in their place."""
+    column, held = _columns(targets, block)
+    scores.sub_(normalizers[:, None]).exp_().mul_(grad[:, None])
+    return scores.scatter_add_(1, column, (grad_of_label * held)[:, None])
 
 
 def _columns(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
