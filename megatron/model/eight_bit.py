@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron.mpu.eight_bit import EightBitLinear, EightBitScaling
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.ops import Ops
+from megatron.ops import Ops, UnavailableOpError
 from megatron.ops.float8 import SplitProduct
 
 
@@ -19,15 +19,18 @@ def use_eight_bit(model: nn.Module, scaling: EightBitScaling, ops: Ops) -> None:
         ops: makes the products.
 
     Raises:
-        ValueError: a layer has features of a number that 8-bit products cannot take, or leaves gradients of weights for
-            later where they come with those of inputs.
+        UnavailableOpError: the device has no such products, or a layer has features of a number that they cannot take,
+            or it leaves gradients of weights for later where they come with those of inputs.
     """
     for name, module in model.named_modules():
         if name.startswith("layers.") and isinstance(module, ColumnParallelLinear | RowParallelLinear):
             features_out, features_in = module.weight.shape
-            product = ops.make_linear(features_in, features_out, scaling.formats)
+            try:
+                product = ops.make_linear(features_in, features_out, scaling.formats)
+            except ValueError as error:
+                raise UnavailableOpError(str(error)) from error
             if module.deferred is not None and not isinstance(product, SplitProduct):
-                raise ValueError(
+                raise UnavailableOpError(
                     "--pipeline-schedule: the 8-bit products of this device give the gradients of inputs and weights "
                     "at once; choose one that does not part them, such as 1f1b"
                 )

@@ -14,7 +14,7 @@ from megatron.mpu.deferred import DeferredGradients
 from megatron.mpu.eight_bit import EightBitScaling, ScalingRecipe
 from megatron.mpu.groups import single_process
 from megatron.mpu.layers import ColumnParallelLinear, column_linears
-from megatron.ops import Ops, float8, reference_ops
+from megatron.ops import Ops, UnavailableOpError, float8, reference_ops
 
 
 def _layers(deferred: DeferredGradients | None, ops: Ops, *, weight_gradient: bool = True) -> nn.Module:
@@ -56,5 +56,13 @@ def test_products_that_give_both_gradients_at_once_cannot_wait():
 
     ops = dataclasses.replace(reference_ops(), make_linear=make_linear)
     _layers(None, ops)
-    with pytest.raises(ValueError, match=r"--pipeline-schedule: .* at once; choose one that does not part them"):
+
+    def impossible(in_features: int, out_features: int, formats: float8.Formats) -> float8.Product:
+        raise ValueError("--fp8-format e4m3: not here")
+
+    with pytest.raises(UnavailableOpError, match="e4m3: not here"):
+        _layers(None, dataclasses.replace(ops, make_linear=impossible))
+    with pytest.raises(
+        UnavailableOpError, match=r"--pipeline-schedule: .* at once; choose one that does not part them"
+    ):
         _layers(DeferredGradients(), ops)
