@@ -78,7 +78,7 @@ def tensor_ranks(path: Path) -> list[TensorRank]:
     first = load_torch(found[min(found)])
     args = vars(first["args"]) if first.get("args") is not None else {}
     split = args.get("expert_tensor_parallel_size")
-    if split not in (None, args.get("tensor_model_parallel_size")):
+    if args.get("num_experts") and split not in (None, args.get("tensor_model_parallel_size")):
         raise CheckpointError(
             f"{path}: its experts are split over {split} tensor-parallel ranks (--expert-tensor-parallel-size), the "
             f"rest over {args.get('tensor_model_parallel_size')}: save it with --ckpt-format torch_dist"

@@ -93,6 +93,8 @@ def complete_record(
     layout = {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
         "world_size": tp * pp,
         "padded_vocab_size": None,
     }

@@ -54,6 +54,17 @@ def test_files_of_megatron_core(kind: str) -> None:
     assert_equal(replace(found, weights=cast_view(found.weights, torch.bfloat16), moments={}), alone)
 
 
+def test_written_arguments_are_of_the_new_layout(tmp_path: Path) -> None:
+    """Two expert-parallel ranks are read, one is written; the second number of a folder is then a stage."""
+    model = open_model(GOLDEN / "plain", None, replace(READ, optimizer=False))
+    old = replace(model, settings={**model.settings, "expert_tensor_parallel_size": 4})
+    convert(old, "megatron", tmp_path / "out", WriteOptions(tp=2))
+    path = tmp_path / "out" / "iter_0000002" / "mp_rank_01" / "model_optim_rng.pt"
+    args = torch.load(path, weights_only=False)["args"]
+    assert (args.expert_model_parallel_size, args.expert_tensor_parallel_size) == (1, 2)
+    assert_equal(open_model(tmp_path / "out", None, ReadOptions()), model)
+
+
 def test_names_and_tensors_are_those_of_megatron_core(tmp_path: Path) -> None:
     found = open_model(GOLDEN / "plain", None, replace(READ, optimizer=False))
     convert(found, "megatron", tmp_path / "out", WriteOptions(divisible_by=1))
@@ -142,7 +153,7 @@ def test_pieces_of_2022_are_refused(tmp_path: Path) -> None:
 
 def test_experts_split_otherwise_are_refused(tmp_path: Path) -> None:
     def change(content: Any) -> Any:
-        content["args"].expert_tensor_parallel_size = 4
+        content["args"].num_experts, content["args"].expert_tensor_parallel_size = 4, 4
         return content
 
     folder = _changed(tmp_path / "out", "plain", "model_optim_rng.pt", change)

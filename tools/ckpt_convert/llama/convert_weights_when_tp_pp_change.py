@@ -64,7 +64,7 @@ def main() -> None:
     args = parser().parse_args()
     started = time.monotonic()
     check_layout(args.input_model_dir, args.src_tensor_model_parallel_size, args.src_pipeline_model_parallel_size)
-    options = ReadOptions(config=args.hf_config, vocab_size=args.orig_vocab_size)
+    options = ReadOptions(config=args.hf_config, vocab_size=args.orig_vocab_size, optimizer=False)
     if args.hf_config is None:
         arch = architecture_from_record(preset(PRESETS[args.type]).settings, args.orig_vocab_size)
         options = replace(options, arch=arch)
