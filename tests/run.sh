@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: bash tests/run.sh [quick|all]. Sets up what it needs, then runs lint, types and tests; `quick` leaves the slow
 # tests out. Where there is an NVIDIA GPU, the tests that need one run after the others, which do not see it.
+# The tests show how many percent of them are done, and at the end the 15 slowest.
 # See tools/environment.py for which Python it takes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
