@@ -77,9 +77,7 @@ def start(words: Sequence[str], folder: Path) -> list[BaseProcess]:
     port = free_port()
     main = functools.partial(train, list(words))
     ranks = [
-        worker_context().Process(
-            target=rank_process, args=(main, rank, RANKS, port, str(folder / f"rank{rank}.log"))
-        )
+        worker_context().Process(target=rank_process, args=(main, rank, RANKS, port, str(folder / f"rank{rank}.log")))
         for rank in range(RANKS)
     ]
     for rank in ranks:
