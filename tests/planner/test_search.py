@@ -32,6 +32,7 @@ def test_layouts_fit_and_the_quickest_comes_first(found):
     assert len({(one.case.tp, one.case.pp, one.case.schedule) for one in found}) > 10
 
 
+@pytest.mark.slow
 def test_flags_of_a_layout_give_it_back(found):
     for one in found[:3] + found[-3:]:
         request = _request("--preset llama2-70b --bf16 --global-batch-size 256 " + " ".join(one.flags), 32)
