@@ -21,8 +21,6 @@ class Capabilities:
 
     dtypes: frozenset[torch.dtype]
     """Floating point types that matrix products run in natively."""
-    async_collectives: bool = True
-    """`all_reduce(async_op=True)` really overlaps with computation."""
     compile_backend: str | None = "inductor"
     """The backend of torch.compile that makes code for the device; None where nothing can be compiled."""
     pinned_memory: bool = False
@@ -31,8 +29,6 @@ class Capabilities:
     """Formats of 8 bits that linear layers can compute with (`--fp8-format`), each with its largest number."""
     vendor_profiler: Callable[[], Callable[[], str]] | None = None
     """Starts the vendor's own profiler; what it returns stops it and says where the trace is. None: there is none."""
-    step_boundary_per_micro_step: bool = False
-    """Lazy runtimes gather operations into a graph: it must be cut once per micro-step."""
     communicator: Callable[[Sequence[Sequence[int]]], ProcessGroup] | None = None
     """See `mpu.groups.Communicator`: for devices that torch's meshes make no groups for, and FSDP2 does not run on.
 
@@ -109,12 +105,6 @@ class Accelerator(Protocol):
 
     def manual_seed(self, seed: int) -> None:
         """Seed the default generator of the current device."""
-
-    def rng_state(self) -> torch.Tensor:
-        """State of the default generator of the current device, a uint8 tensor on the host."""
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
 
     def memory_stats(self) -> MemoryStats:
         """Memory use of the current device."""

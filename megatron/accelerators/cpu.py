@@ -38,7 +38,7 @@ class Cpu:
     def capabilities(self) -> Capabilities:
         """Every dtype works (float16 and 8 bits slowly); gloo's work shares the cores with the computation."""
         dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-        return Capabilities(dtypes=dtypes, float8=FLOAT8, async_collectives=False)
+        return Capabilities(dtypes=dtypes, float8=FLOAT8)
 
     def unavailable_reason(self) -> str:
         """A CPU is always there."""
@@ -67,14 +67,6 @@ class Cpu:
     def manual_seed(self, seed: int) -> None:
         """Seed the default CPU generator."""
         torch.default_generator.manual_seed(seed)
-
-    def rng_state(self) -> torch.Tensor:
-        """State of the default CPU generator, uint8."""
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
-        torch.set_rng_state(state)
 
     def memory_stats(self) -> MemoryStats:
         """Resident memory of this process in bytes; the host has no allocator figures, so reserved equals allocated."""

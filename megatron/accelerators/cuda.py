@@ -116,14 +116,6 @@ class Cuda:
         """Seed the generator of the current GPU."""
         torch.cuda.manual_seed(seed)
 
-    def rng_state(self) -> torch.Tensor:
-        """State of the generator of the current GPU, uint8 on the host."""
-        return torch.cuda.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
-        torch.cuda.set_rng_state(state)
-
     def memory_stats(self) -> MemoryStats:
         """Figures of torch's caching allocator, in bytes."""
         return MemoryStats(

@@ -68,7 +68,6 @@ class Hpu:
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
             float8=card_float8("" if import_problem(_PACKAGE) else str(_hpu().get_device_name())),
             vendor_profiler=start_synapse_profiler,
-            step_boundary_per_micro_step=is_lazy(),
             compile_backend=None if is_lazy() else "hpu_backend",
         )
 
@@ -107,15 +106,6 @@ class Hpu:
     def manual_seed(self, seed: int) -> None:
         """Seed the card's generator."""
         _hpu().manual_seed(seed)
-
-    def rng_state(self) -> torch.Tensor:
-        """State of the card's generator, uint8 on the host."""
-        state: torch.Tensor = _hpu().get_rng_state()
-        return state.cpu()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
-        _hpu().set_rng_state(state)
 
     def memory_stats(self) -> MemoryStats:
         """Figures of the card's allocator in bytes; it reserves the whole card at the start."""

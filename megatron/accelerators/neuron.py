@@ -84,15 +84,6 @@ class Neuron:
         """Seed the generator of the current core."""
         _neuron().manual_seed(seed)
 
-    def rng_state(self) -> torch.Tensor:
-        """State of the generator of the current core, uint8 on the host."""
-        state: torch.Tensor = _neuron().get_rng_state()
-        return state.cpu()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
-        _neuron().set_rng_state(state)
-
     def memory_stats(self) -> MemoryStats:
         """Figures of the caching allocator, in bytes."""
         import torch_neuronx as memory

@@ -49,8 +49,6 @@ class NeuronXla:
         """The graph is cut after every micro-step, on all ranks alike, or they wait for each other forever."""
         return Capabilities(
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-            async_collectives=False,
-            step_boundary_per_micro_step=True,
             compile_backend=None,
             communicator=communicator,
         )
@@ -106,14 +104,6 @@ class NeuronXla:
     def manual_seed(self, seed: int) -> None:
         """Seed the generator, which is part of the graph."""
         _model().set_rng_state(seed)
-
-    def rng_state(self) -> torch.Tensor:
-        """State of the generator (one integer), uint8 [8] on the host."""
-        return torch.tensor([int(_model().get_rng_state())], dtype=torch.int64, device="cpu").view(torch.uint8)
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
-        _model().set_rng_state(int(state.view(torch.int64).item()))
 
     def memory_stats(self) -> MemoryStats:
         """What the runtime reports, in bytes, or zeros; it knows no allocator, so reserved is the whole memory."""

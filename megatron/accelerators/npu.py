@@ -68,15 +68,6 @@ class Npu:
         """Seed the generator of the current NPU."""
         _npu().manual_seed(seed)
 
-    def rng_state(self) -> torch.Tensor:
-        """State of the generator of the current NPU, uint8 on the host."""
-        state: torch.Tensor = _npu().get_rng_state()
-        return state.cpu()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Put back what `rng_state` returned."""
-        _npu().set_rng_state(state)
-
     def memory_stats(self) -> MemoryStats:
         """Figures of torch_npu's caching allocator, in bytes."""
         npu = _npu()

@@ -11,12 +11,9 @@ def cpu() -> accelerators.Accelerator:
     return accelerators.select("cpu")
 
 
-def test_random_state_comes_back(cpu: accelerators.Accelerator):
+def test_a_seed_gives_the_same_numbers_again(cpu: accelerators.Accelerator):
     cpu.manual_seed(7)
-    state = cpu.rng_state()
     first = torch.rand(4)
-    cpu.set_rng_state(state)
-    assert torch.equal(torch.rand(4), first)
     cpu.manual_seed(7)
     assert torch.equal(torch.rand(4), first)
 

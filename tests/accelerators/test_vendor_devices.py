@@ -98,11 +98,9 @@ def _everything(name: Device) -> dict[str, Any]:
     assert device == accelerators.select(name)
     place = device.set_device(0)
     device.manual_seed(3)
-    state = device.rng_state()
     first = torch.rand(4, device=place)
-    device.set_rng_state(state)
+    device.manual_seed(3)
     assert torch.equal(torch.rand(4, device=place), first)
-    assert state.dtype == torch.uint8 and state.device.type == "cpu"
     before = device.memory_stats()
     block = torch.ones(2**20, device=place)
     after = device.memory_stats()
@@ -146,18 +144,17 @@ def test_a_gaudi_process_calls_its_card_number_0():
     assert run_on_sim("npu", _place_of_rank, "npu", world_size=2) == ["npu:0", "npu:1"]
 
 
-def _boundary() -> tuple[bool, str, dict[str, int]]:
+def _boundary() -> tuple[str, dict[str, int]]:
     device = accelerators.select("hpu")
     with counted("hpu") as counts:
         device.end_of_micro_step()
         events = counts().events
-    return device.capabilities.step_boundary_per_micro_step, device.device_description(), events
+    return device.device_description(), events
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lazy", "marks"), [("0", {}), ("1", {"mark_step": 1})])
 def test_gaudis_graph_is_cut_once_per_micro_step_in_lazy_mode(lazy, marks):
-    ((boundary, description, events),) = run_on_sim("hpu", _boundary, env={"PT_HPU_LAZY_MODE": lazy})
-    assert boundary == bool(marks)
+    ((description, events),) = run_on_sim("hpu", _boundary, env={"PT_HPU_LAZY_MODE": lazy})
     assert events == marks
     assert description.endswith("lazy mode" if marks else "eager mode")
