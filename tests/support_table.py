@@ -44,6 +44,7 @@ def _on(devices: tuple[str, ...], test: str) -> dict[str, str]:
 
 
 _RUNS = "tests/sim/test_training.py::"
+_GPU = "tests/training/test_run_gpu.py::"
 _LAUNCHERS = "tests/sim/test_launchers.py::test_launcher_on_the_simulated_device_equals_the_cpus"
 FEATURES = (
     Feature(
@@ -108,6 +109,7 @@ FEATURES = (
         "bfloat16",
         {
             "cpu": "tests/training/test_parity.py::test_bfloat16_follows_float32",
+            "cuda": f"{_GPU}test_bfloat16_stays_close",
             **_on(SIMULATED, f"{_RUNS}test_bfloat16_run_stays_close"),
         },
     ),
@@ -115,6 +117,7 @@ FEATURES = (
         "training with 8-bit layers",
         {
             "cpu": "tests/training/test_eight_bit.py::test_loss_is_close_to_16_bits",
+            "cuda": f"{_GPU}test_eight_bits_stay_close",
             "hpu": "tests/sim/test_eight_bit.py::test_training_equals_the_cpus_also_in_a_pipeline_with_recomputation",
             "npu": "!tests/sim/test_eight_bit.py::test_devices_without_8_bit_numbers_refuse_them",
         },
@@ -130,6 +133,7 @@ FEATURES = (
         "DeepSpeed's engine",
         {
             "cpu": "tests/training/test_parity.py::test_every_layout_and_engine_equals_one_process",
+            "cuda": f"{_GPU}test_every_engine_equals_the_cpus",
             **_on(("hpu", "npu"), f"{_RUNS}test_deepspeed_with_its_own_accelerator_equals_the_cpus"),
             "neuron": f"!{_RUNS}test_deepspeed_is_refused_where_it_has_no_accelerator",
             "neuron_xla": "!tests/accelerators/test_vendor_devices.py::test_deepspeed_knows_some_of_them",
@@ -137,7 +141,10 @@ FEATURES = (
     ),
     Feature(
         "a checkpoint of the device continues on a CPU, and back",
-        _on(SIMULATED, f"{_RUNS}test_a_checkpoint_of_the_device_continues_on_the_cpu_and_back"),
+        {
+            "cuda": f"{_GPU}test_a_checkpoint_goes_on_where_it_came_from_and_on_the_other_device",
+            **_on(SIMULATED, f"{_RUNS}test_a_checkpoint_of_the_device_continues_on_the_cpu_and_back"),
+        },
     ),
     Feature(
         "text written token by token",
@@ -155,7 +162,12 @@ FEATURES = (
     ),
     Feature(
         "torch.compile",
-        {"neuron": f"{_RUNS}test_compiled_layers_equal_the_cpus", "hpu": f"!{_RUNS}test_lazy_gaudi_cannot_compile"},
+        {
+            "cpu": "tests/training/test_run.py::test_compiled_layers_give_the_same_losses",
+            "cuda": f"{_GPU}test_compiled_layers_equal_the_cpus",
+            "hpu": f"!{_RUNS}test_lazy_gaudi_cannot_compile",
+            "neuron": f"{_RUNS}test_compiled_layers_equal_the_cpus",
+        },
     ),
     Feature(
         "lazy mode: graphs cut once per micro-step",
@@ -176,6 +188,13 @@ FEATURES = (
     Feature(
         "several machines, and a check of them",
         {"cpu": "tests/launch/test_nodes.py::test_two_nodes_train_as_one_process_does"},
+    ),
+    Feature(
+        "two nodes through Slurm, MPI, and ssh with DeepSpeed's launcher (`bash tests/cluster/run.sh`)",
+        {
+            "cpu": "tests/cluster/test_cluster.py::test_training_on_two_nodes_has_the_losses_of_one_process",
+            "neuron": "tests/cluster/test_cluster.py::test_trainiums_script_is_started_once_per_node",
+        },
     ),
 )
 
