@@ -64,11 +64,17 @@ def _config(stage: int, **checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _initialize(module: nn.Module, config: dict[str, Any]) -> Any:
-    import deepspeed
+def _build_nothing() -> None:
+    """Leave out the shared-memory kernel, which DeepSpeed compiles before it joins the ranks."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _initialize(module: nn.Module, config: dict[str, Any]) -> Any:
+    import deepspeed
+
+    _build_nothing()
     parameters = list(module.parameters())
     groups = [{"params": parameters[::2]}, {"params": parameters[1::2]}]
     return deepspeed.initialize(model=module, config=config, model_parameters=groups)[0]
@@ -164,6 +170,7 @@ def _pipeline(source: Path, target: Path) -> None:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule
 
+    _build_nothing()
     deepspeed.init_distributed("gloo", dist_init_required=False)
     modules: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _whole(random_model(FAMILIES["llama"]), "pipeline").items():
