@@ -6,8 +6,10 @@ DeepSpeed is imported here and in `deepspeed_pipeline`, when an engine is built.
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ from megatron.training.optimizer import set_schedules
 from megatron.training.router_losses import RouterLosses, RouterReport
 from megatron.training.setup import SetupError
 from megatron.training.step import MicroStep, count_tokens, evaluate_microbatches
+
+_MINUTES_TO_COMPILE = 15
+"""More than an extension of DeepSpeed's takes on a slow machine; alone on two cores it is about one."""
 
 
 class ModelParallelUnit:
@@ -105,9 +110,34 @@ def check_offload(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_compiler(extension: str) -> None:
+    """Find out whether a process that compiled an extension of torch's left its lock, for which all others wait.
+
+    Raises:
+        SetupError: the lock is older than a compilation takes.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory(extension, verbose=False)) / "lock"
+    try:
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+    except FileNotFoundError:
+        return
+    if minutes > _MINUTES_TO_COMPILE:
+        raise SetupError(
+            f"{lock} is {minutes:.0f} minutes old: a process that compiled {extension} for DeepSpeed was killed, and "
+            "every other one waits for it. If none is compiling now, remove that file"
+        )
+
+
 def host_adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """DeepSpeed's Adam for optimizer state on the host; compiled with the machine's C++ compiler when first used."""
+    """DeepSpeed's Adam for optimizer state on the host; compiled with the machine's C++ compiler when first used.
+
+    Raises:
+        SetupError: a process was killed while it compiled it.
+    """
     import_deepspeed()
+    check_compiler("cpu_adam")
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)

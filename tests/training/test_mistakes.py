@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed_writer import IndexedDatasetWriter
+from megatron.training.setup import SetupError
 from tests.parity import MODEL
 from tests.support import free_port, run_script
 
@@ -107,6 +108,20 @@ def test_a_drive_without_the_library_for_it(tmp_path: Path) -> None:
     document.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": drive}}))
     found = _run("--mock-data", "--deepspeed", "--deepspeed_config", str(document))
     _assert_refused(found, ['offload_optimizer.device = "nvme"', "libaio", 'take "cpu"'])
+
+
+def test_the_lock_of_a_compiler_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody else waits for it, without a word and without an end."""
+    from megatron.training.deepspeed import check_compiler
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_compiler("cpu_adam")
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.touch()
+    check_compiler("cpu_adam")
+    os.utime(lock, (0, 0))
+    with pytest.raises(SetupError, match=f"{lock} is [0-9]+ minutes old.*remove that file"):
+        check_compiler("cpu_adam")
 
 
 def test_save_folder_that_cannot_be_written(tmp_path: Path) -> None:
