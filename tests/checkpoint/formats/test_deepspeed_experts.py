@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.formats import ReadOptions, StoredModel, WriteOptions, convert, open_model
 from megatron.checkpoint.formats.merge import to_dialect
+from megatron.training.deepspeed import import_deepspeed
 from tests.checkpoint.formats.samples import FAMILIES, random_model
 from tests.checkpoint.formats.test_deepspeed_itself import OPTIONS, Node, Truth, _config, _state, _whole
 from tests.support import run_ranks
@@ -60,12 +61,10 @@ class _Module(Node):
 
 def _load_in_stages(folder: Path) -> None:
     """What a pipeline of two stages loads."""
-    import deepspeed
-    import deepspeed.ops
+    deepspeed = import_deepspeed()
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
     from deepspeed.pipe import LayerSpec, PipelineModule
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
     modules: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _whole(random_model(FAMILIES["mixtral"]), "pipeline").items():
@@ -83,11 +82,9 @@ def _load_in_stages(folder: Path) -> None:
 
 
 def _engine(stage: int, expert_parallel: int, **checkpoint: Any) -> Any:
-    import deepspeed
-    import deepspeed.ops
+    deepspeed = import_deepspeed()
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", dist_init_required=False)
     tensors = _whole(random_model(FAMILIES["mixtral"]), "megatron")
     model = _Model(tensors, expert_parallel)

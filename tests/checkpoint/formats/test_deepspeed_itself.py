@@ -16,6 +16,7 @@ from megatron.checkpoint.formats import ReadOptions, StoredModel, WriteOptions, 
 from megatron.checkpoint.formats.lazy import LazyTensors
 from megatron.checkpoint.formats.merge import to_dialect
 from megatron.checkpoint.formats.universal import universal_info
+from megatron.training.deepspeed import import_deepspeed
 from tests.checkpoint.formats.samples import FAMILIES, random_model
 from tests.support import run_ranks
 
@@ -64,17 +65,8 @@ def _config(stage: int, **checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _build_nothing() -> None:
-    """Leave out the shared-memory kernel, which DeepSpeed compiles before it joins the ranks."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def _initialize(module: nn.Module, config: dict[str, Any]) -> Any:
-    import deepspeed
-
-    _build_nothing()
+    deepspeed = import_deepspeed()
     parameters = list(module.parameters())
     groups = [{"params": parameters[::2]}, {"params": parameters[1::2]}]
     return deepspeed.initialize(model=module, config=config, model_parameters=groups)[0]
@@ -167,10 +159,9 @@ def test_deepspeed_resumes_from_a_universal_checkpoint(tmp_path: Path) -> None:
 
 def _pipeline(source: Path, target: Path) -> None:
     """Two stages: load, compare, train a step, save."""
-    import deepspeed
+    deepspeed = import_deepspeed()
     from deepspeed.pipe import LayerSpec, PipelineModule
 
-    _build_nothing()
     deepspeed.init_distributed("gloo", dist_init_required=False)
     modules: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _whole(random_model(FAMILIES["llama"]), "pipeline").items():
